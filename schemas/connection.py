@@ -1,0 +1,67 @@
+"""How to connect: the one place that knows URLs, timeouts and retries.
+
+Invariant: a call either returns or raises within a known time; a reader that blocks has a connection of its own whose
+socket timeout is longer than its block.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import ConnectionError, NoPermissionError, TimeoutError
+from redis.retry import Retry
+
+from rollpool.schemas.errors import NotPermitted, SettingsError
+
+DEFAULT_URL = "redis://127.0.0.1:6379/0"
+DEFAULT_POOL = "default"
+
+#: Seconds a command may take. Enqueueing a batch of 100 MB takes the server about one.
+SOCKET_TIMEOUT_S = 20.0
+
+#: Retries of a command whose connection broke, over about 6 s: a server that restarts is back by then. Every
+#: script may be repeated, so a retry after a lost reply is harmless.
+RETRIES = 6
+_BACKOFF_CAP_S = 2.0
+_BACKOFF_BASE_S = 0.1
+
+T = TypeVar("T")
+
+
+def _checked(make: Callable[[], T], url: str) -> T:
+    try:
+        return make()
+    except ValueError as error:
+        raise SettingsError(
+            f"url {url!r}: {error}; a URL is redis://[user:password@]host:port/db, or rediss:// for TLS"
+        ) from error
+
+
+def connect(url: str, *, timeout_s: float = SOCKET_TIMEOUT_S) -> Redis:
+    """A blocking client, for threads of their own. Raises SettingsError on a malformed URL."""
+    retry = Retry(ExponentialWithJitterBackoff(_BACKOFF_CAP_S, _BACKOFF_BASE_S), RETRIES)
+    return _checked(
+        lambda: Redis.from_url(
+            url, socket_timeout=timeout_s, retry=retry, retry_on_error=[ConnectionError, TimeoutError], protocol=2
+        ),
+        url,
+    )
+
+
+def connect_async(url: str, *, timeout_s: float = SOCKET_TIMEOUT_S) -> AsyncRedis:
+    """An asyncio client. Raises SettingsError on a malformed URL."""
+    retry = AsyncRetry(ExponentialWithJitterBackoff(_BACKOFF_CAP_S, _BACKOFF_BASE_S), RETRIES)
+    return _checked(
+        lambda: AsyncRedis.from_url(
+            url, socket_timeout=timeout_s, retry=retry, retry_on_error=[ConnectionError, TimeoutError], protocol=2
+        ),
+        url,
+    )
+
+
+def not_permitted(error: NoPermissionError, what: str) -> NotPermitted:
+    """The error to raise when the server's access list refused `what`."""
+    return NotPermitted(f"{what}: the server refused it ({error}); connect as a user whose role allows it")

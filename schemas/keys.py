@@ -1,0 +1,105 @@
+"""Key names: every key a pool owns, and nothing else builds one.
+
+Invariant: all keys of a pool share one cluster hash tag, `{POOL}`, so that one Lua script may touch them all.
+"""
+
+import re
+from dataclasses import dataclass
+
+from rollpool.schemas.errors import SettingsError
+from rollpool.schemas.jobs import LANES, NAME_PATTERN
+
+#: The consumer group of every jobs stream.
+GROUP = "workers"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of one pool."""
+
+    pool: str
+
+    def __post_init__(self) -> None:
+        if not re.match(NAME_PATTERN, self.pool):
+            raise SettingsError(f"pool {self.pool!r}: a pool's name is letters, digits, '.', '_' and '-'")
+
+    def _key(self, *parts: str) -> str:
+        return ":".join((f"rollpool:{{{self.pool}}}", *parts))
+
+    def jobs(self, run: str, lane: str) -> str:
+        """Stream: the backlog of one run in one lane."""
+        return self._key("jobs", run, lane)
+
+    def lanes(self, run: str) -> list[str]:
+        """The jobs streams of one run, most urgent first."""
+        return [self.jobs(run, lane) for lane in LANES]
+
+    @property
+    def parked(self) -> str:
+        """Sorted set: jobs that wait for a policy version, scored by it."""
+        return self._key("parked")
+
+    @property
+    def delayed(self) -> str:
+        """Sorted set: jobs that wait for a time, scored by it in milliseconds of server time."""
+        return self._key("delayed")
+
+    def batch(self, run: str, batch: str) -> str:
+        """Hash: each job's state, the content hash, counts."""
+        return self._key("batches", run, batch)
+
+    @property
+    def batch_prefix(self) -> str:
+        """What precedes `RUN:ID` in a batch's key; the pull script completes it."""
+        return self._key("batches", "")
+
+    def open_batches(self, run: str) -> str:
+        """Sorted set: batches of a run that are not committed, by time of enqueueing."""
+        return self._key("open", run)
+
+    def results(self, run: str, batch: str) -> str:
+        """Stream: settled groups of one batch."""
+        return self._key("results", run, batch)
+
+    @property
+    def runs(self) -> str:
+        """Set: the names of all runs."""
+        return self._key("runs")
+
+    def run(self, run: str) -> str:
+        """Hash: counters of one run."""
+        return self._key("runs", run)
+
+    @property
+    def dead(self) -> str:
+        """Stream: jobs that used up their attempts."""
+        return self._key("dead")
+
+    @property
+    def control(self) -> str:
+        """Stream: commands, the first to the last."""
+        return self._key("control")
+
+    @property
+    def acks(self) -> str:
+        """Stream: what each worker answered."""
+        return self._key("acks")
+
+    @property
+    def policies(self) -> str:
+        """Hash: every published policy as JSON, by version."""
+        return self._key("policies")
+
+    @property
+    def policy(self) -> str:
+        """String: the current version."""
+        return self._key("policy")
+
+    @property
+    def rollout(self) -> str:
+        """String with a lease: the worker that is changing its policy now; the others go on serving."""
+        return self._key("rollout")
+
+    def worker(self, name: str) -> str:
+        """Hash, expiring: a worker's heartbeat."""
+        return self._key("workers", name)

@@ -1,0 +1,64 @@
+"""Typed caller of `settle.lua`: one terminal outcome for each job."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from rollpool.schemas.keys import Keys
+from rollpool.schemas.results import Group
+from rollpool.schemas.scripts.base import Arg, Script
+from rollpool.schemas.wire import pack_model
+
+_SCRIPT = Script("settle")
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """A group that is finished, and the entry it came from."""
+
+    stream: str
+    entry: str
+    group: Group
+    #: Why the job is also a dead letter; empty: it is not.
+    dead: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """`now` is True for the call that settled the job; `outcome` is what is recorded."""
+
+    now: bool
+    outcome: str
+
+
+async def settle(client: Redis, keys: Keys, settlements: Sequence[Settlement]) -> list[Settled]:
+    """Settle jobs in one round trip; replies in the same order. Harmless to repeat."""
+    script_keys, args = [keys.dead], list[Arg]()
+    for settlement in settlements:
+        group = settlement.group
+        script_keys += (
+            settlement.stream,
+            keys.batch(group.run, group.batch),
+            keys.results(group.run, group.batch),
+            keys.run(group.run),
+        )
+        args += (
+            settlement.entry,
+            group.index,
+            group.outcome,
+            versions_text(group),
+            len(group.samples),
+            group.tokens,
+            pack_model(group),
+            group.worker,
+            settlement.dead,
+        )
+    reply = await _SCRIPT(client, script_keys, args)
+    return [Settled(bool(now), outcome.decode()) for now, outcome in zip(reply[::2], reply[1::2], strict=True)]
+
+
+def versions_text(group: Group) -> str:
+    """The versions that made a group's tokens, for people: `12` or `12,13`."""
+    versions = {span[0] for sample in group.samples for span in sample.version_spans}
+    return ",".join(map(str, sorted(versions)))

@@ -1,0 +1,140 @@
+"""The msgpack codec: how models become the `body` of an entry, and back.
+
+Invariant: what is decoded equals what was encoded, arrays included; arrays travel as little-endian bytes and come
+back as read-only numpy views of the received buffer, without a copy. A body starts with its schema number: an
+unknown major is refused, unknown fields of a newer minor are ignored. Nothing here can run code.
+"""
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+from rollpool.schemas.commands import Command
+from rollpool.schemas.errors import SchemaMismatch
+from rollpool.schemas.jobs import PromptJob
+from rollpool.schemas.results import Group
+
+#: Major version of every body. A change that an older reader would misread raises it.
+SCHEMA = 1
+
+#: msgpack ext types of arrays, by dtype. The numbers are part of the format (tests/unit/golden).
+_INT32 = 1
+_FLOAT32 = 2
+_DTYPES: dict[int, np.dtype[Any]] = {_INT32: np.dtype("<i4"), _FLOAT32: np.dtype("<f4")}
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _encode_foreign(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        code = _INT32 if np.issubdtype(value.dtype, np.integer) else _FLOAT32
+        array = np.ascontiguousarray(value, dtype=_DTYPES[code])
+        if not np.array_equal(array, value, equal_nan=code == _FLOAT32):
+            raise TypeError(f"an array of {value.dtype} does not fit {_DTYPES[code]}; convert it yourself")
+        return msgpack.ExtType(code, array.tobytes())
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, BaseModel):
+        return dict(value)
+    raise TypeError(f"msgpack carries no {type(value).__name__}: {value!r:.80}")
+
+
+def _decode_ext(code: int, data: bytes) -> NDArray[Any]:
+    if code not in _DTYPES:
+        raise SchemaMismatch(f"ext type {code} is not one of rollpool's {sorted(_DTYPES)}; upgrade rollpool here")
+    return np.frombuffer(data, dtype=_DTYPES[code])
+
+
+def pack(value: Any) -> bytes:
+    """Encode a plain value, arrays and models included; raises TypeError on what msgpack cannot carry."""
+    packed: bytes = msgpack.packb(value, default=_encode_foreign, use_bin_type=True)
+    return packed
+
+
+def unpack(body: bytes) -> Any:
+    """Decode what `pack` made. Raises SchemaMismatch on anything else."""
+    try:
+        return msgpack.unpackb(body, ext_hook=_decode_ext, raw=False, strict_map_key=True)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise SchemaMismatch(f"not a rollpool body ({type(error).__name__}: {error})") from error
+
+
+def pack_model(model: BaseModel) -> bytes:
+    """Encode a model as a map whose first key is the schema number."""
+    return pack({"schema": SCHEMA, **dict(model)})
+
+
+def _unpack_model(body: bytes, model: type[Model]) -> Model:
+    fields = unpack(body)
+    if not isinstance(fields, dict) or "schema" not in fields:
+        raise SchemaMismatch(f"a {model.__name__} body has no schema number; was it written by rollpool?")
+    schema = fields.pop("schema")
+    if schema != SCHEMA:
+        raise SchemaMismatch(
+            f"a {model.__name__} body has schema {schema}, this rollpool reads {SCHEMA}: run the same version on both sides"
+        )
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise SchemaMismatch(f"a {model.__name__} body does not validate: {first_error(error)}") from error
+
+
+def first_error(error: ValidationError) -> str:
+    """The first thing pydantic found, on one line: `field: what`."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part) for part in found["loc"])
+    return f"{where}: {found['msg']}" if where else found["msg"]
+
+
+def unpack_job(body: bytes) -> PromptJob:
+    """Raises SchemaMismatch when the body is not a job of this schema."""
+    return _unpack_model(body, PromptJob)
+
+
+def unpack_group(body: bytes) -> Group:
+    """Raises SchemaMismatch when the body is not a group of this schema."""
+    return _unpack_model(body, Group)
+
+
+def unpack_command(body: bytes) -> Command:
+    """Raises SchemaMismatch when the body is not a command of this schema."""
+    return _unpack_model(body, Command)
+
+
+class MapTemplate:
+    """Encodes many maps that share most of their fields: the shared part is encoded once.
+
+    `MapTemplate(shared, own=("index", "prompt")).pack((3, "text"))` equals `pack({**shared, "index": 3,
+    "prompt": "text"})`. Encoding a batch is then the cost of what differs between its prompts.
+    """
+
+    def __init__(self, shared: Mapping[str, Any], own: Sequence[str]) -> None:
+        packed = [pack(key) + pack(value) for key, value in shared.items()]
+        # map16 holds up to 65,535 pairs and is the same length for every template.
+        self._head = struct.pack(">BH", 0xDE, len(shared) + len(own)) + b"".join(packed)
+        self._keys = [pack(key) for key in own]
+
+    def pack(self, values: Sequence[Any]) -> bytes:
+        """Encode one map; `values` in the order of `own`."""
+        parts = [self._head]
+        for key, value in zip(self._keys, values, strict=True):
+            parts += (key, pack(value))
+        return b"".join(parts)
+
+
+def check_msgpack() -> None:
+    """Raise SchemaMismatch when the installed msgpack is the old `msgpack-python` in disguise.
+
+    Both packages install the module `msgpack`; if the old one lands last, text decodes as bytes and every body
+    is misread. Neither pip nor an import error shows it.
+    """
+    if msgpack.unpackb(msgpack.packb({"a": b"b"})) != {"a": b"b"}:
+        raise SchemaMismatch(
+            "msgpack here decodes text as bytes: the old package msgpack-python has overwritten msgpack. Repair: "
+            "pip uninstall -y msgpack-python && pip install --force-reinstall --no-deps msgpack"
+        )

@@ -1,0 +1,1 @@
+"""The TPU host's side."""

@@ -1,0 +1,1 @@
+"""Following the control log and changing the policy of a host."""
