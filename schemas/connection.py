@@ -5,7 +5,7 @@ socket timeout is longer than its block.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
@@ -15,6 +15,7 @@ from redis.exceptions import ConnectionError, NoPermissionError, TimeoutError
 from redis.retry import Retry
 
 from rollpool.schemas.errors import NotPermitted, SettingsError
+from rollpool.schemas.keys import Keys
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 DEFAULT_POOL = "default"
@@ -45,7 +46,11 @@ def connect(url: str, *, timeout_s: float = SOCKET_TIMEOUT_S) -> Redis:
     retry = Retry(ExponentialWithJitterBackoff(_BACKOFF_CAP_S, _BACKOFF_BASE_S), RETRIES)
     return _checked(
         lambda: Redis.from_url(
-            url, socket_timeout=timeout_s, retry=retry, retry_on_error=[ConnectionError, TimeoutError], protocol=2
+            url,
+            socket_timeout=timeout_s,
+            retry=retry,
+            retry_on_error=[ConnectionError, TimeoutError],
+            protocol=2,
         ),
         url,
     )
@@ -56,10 +61,20 @@ def connect_async(url: str, *, timeout_s: float = SOCKET_TIMEOUT_S) -> AsyncRedi
     retry = AsyncRetry(ExponentialWithJitterBackoff(_BACKOFF_CAP_S, _BACKOFF_BASE_S), RETRIES)
     return _checked(
         lambda: AsyncRedis.from_url(
-            url, socket_timeout=timeout_s, retry=retry, retry_on_error=[ConnectionError, TimeoutError], protocol=2
+            url,
+            socket_timeout=timeout_s,
+            retry=retry,
+            retry_on_error=[ConnectionError, TimeoutError],
+            protocol=2,
         ),
         url,
     )
+
+
+async def runs_of(client: AsyncRedis, keys: Keys) -> list[str]:
+    """The names of all runs that ever enqueued to this pool, sorted."""
+    members: Any = await client.smembers(keys.runs)
+    return sorted(member.decode() for member in members)
 
 
 def not_permitted(error: NoPermissionError, what: str) -> NotPermitted:

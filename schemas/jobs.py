@@ -51,9 +51,7 @@ class SamplingParams(BaseModel):
         if self.top_k == 0:
             raise ValueError("top_k: 0 keeps no token; use -1 for the whole vocabulary")
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens: {self.min_new_tokens} is over max_new_tokens={self.max_new_tokens}"
-            )
+            raise ValueError(f"min_new_tokens: {self.min_new_tokens} is over max_new_tokens={self.max_new_tokens}")
         return self
 
     @property

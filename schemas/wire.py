@@ -76,7 +76,8 @@ def _unpack_model(body: bytes, model: type[Model]) -> Model:
     schema = fields.pop("schema")
     if schema != SCHEMA:
         raise SchemaMismatch(
-            f"a {model.__name__} body has schema {schema}, this rollpool reads {SCHEMA}: run the same version on both sides"
+            f"a {model.__name__} body has schema {schema}, this rollpool reads {SCHEMA}: "
+            "run the same version on both sides"
         )
     try:
         return model.model_validate(fields)
@@ -110,21 +111,30 @@ class MapTemplate:
     """Encodes many maps that share most of their fields: the shared part is encoded once.
 
     `MapTemplate(shared, own=("index", "prompt")).pack((3, "text"))` equals `pack({**shared, "index": 3,
-    "prompt": "text"})`. Encoding a batch is then the cost of what differs between its prompts.
+    "prompt": "text"})`. Encoding a batch is then the cost of what differs between its prompts. A template is used by
+    one thread at a time.
     """
 
     def __init__(self, shared: Mapping[str, Any], own: Sequence[str]) -> None:
         packed = [pack(key) + pack(value) for key, value in shared.items()]
         # map16 holds up to 65,535 pairs and is the same length for every template.
-        self._head = struct.pack(">BH", 0xDE, len(shared) + len(own)) + b"".join(packed)
-        self._keys = [pack(key) for key in own]
+        #: The encoded map up to its own fields.
+        self.head = struct.pack(">BH", 0xDE, len(shared) + len(own)) + b"".join(packed)
+        # Keys and values are encoded by one call, as a flat list whose header is then cut off.
+        self._slots: list[Any] = [part for key in own for part in (key, None)]
+        self._header = len(msgpack.Packer().pack_array_header(len(self._slots)))
+        self._pack = msgpack.Packer(default=_encode_foreign, use_bin_type=True).pack
+
+    def own(self, values: Sequence[Any]) -> bytes:
+        """Encode what follows `head` in one map; `values` in the order of `own`."""
+        slots = self._slots.copy()
+        slots[1::2] = values
+        packed: bytes = self._pack(slots)
+        return packed[self._header :]
 
     def pack(self, values: Sequence[Any]) -> bytes:
         """Encode one map; `values` in the order of `own`."""
-        parts = [self._head]
-        for key, value in zip(self._keys, values, strict=True):
-            parts += (key, pack(value))
-        return b"".join(parts)
+        return self.head + self.own(values)
 
 
 def check_msgpack() -> None:

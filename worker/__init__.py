@@ -1,1 +1,5 @@
-"""The TPU host's side."""
+"""The TPU host's side: the RQ worker class, pulling, engines, policy changes, settling."""
+
+from rollpool.worker.rq_worker import RolloutWorker
+
+__all__ = ["RolloutWorker"]

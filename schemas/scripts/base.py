@@ -27,9 +27,9 @@ class Script:
     async def __call__(self, client: AsyncRedis, keys: Sequence[str], args: Sequence[Arg]) -> Any:
         """Run on an asyncio client."""
         try:
-            return await client.evalsha(self.digest, len(keys), *keys, *args)  # type: ignore[misc]
+            return await client.evalsha(self.digest, len(keys), *keys, *args)
         except NoScriptError:
-            return await client.eval(self.text, len(keys), *keys, *args)  # type: ignore[misc]
+            return await client.eval(self.text, len(keys), *keys, *args)
 
     def blocking(self, client: Redis, keys: Sequence[str], args: Sequence[Arg]) -> Any:
         """Run on a blocking client, for threads of their own."""

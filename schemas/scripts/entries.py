@@ -6,9 +6,18 @@ entries anyone could add by hand harm nobody.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 #: Fields of an entry. The first five are for people, the last two count what delivery cost so far.
-JOB, POLICY, N, RUN, PREVIEW, BODY, ATTEMPTS = b"job", b"policy", b"n", b"run", b"preview", b"body", b"attempts"
+JOB, POLICY, N, RUN, PREVIEW, BODY, ATTEMPTS = (
+    b"job",
+    b"policy",
+    b"n",
+    b"run",
+    b"preview",
+    b"body",
+    b"attempts",
+)
 FAULTS = b"faults"
 
 
@@ -40,6 +49,15 @@ class Entry:
         """Build from the flat field list of a server's reply."""
         flat = iter(fields)
         return cls(stream, entry_id.decode(), dict(zip(flat, flat, strict=True)))
+
+    @classmethod
+    def from_streams(cls, reply: Any) -> "list[Entry]":
+        """Build from what XREAD and XREADGROUP return."""
+        return [
+            cls(stream.decode(), entry_id.decode(), fields)
+            for stream, entries in reply or ()
+            for entry_id, fields in entries
+        ]
 
 
 def _count(field: bytes | None) -> int:

@@ -9,7 +9,8 @@ local replies = {}
 
 local function with_counts(fields, attempts, faults)
   local kept = {}
-  for at = 1, #fields, 2 do
+  -- No entry of ours has so many; unpack below would fail on one that somebody added by hand.
+  for at = 1, math.min(#fields, 1000), 2 do
     if fields[at] ~= 'attempts' and fields[at] ~= 'faults' then
       kept[#kept + 1] = fields[at]
       kept[#kept + 1] = fields[at + 1]
@@ -26,7 +27,9 @@ for job = 0, (#ARGV - 1) / ARGS - 1 do
   local stream, batch, target = unpack(KEYS, 1 + 3 * job, 3 + 3 * job)
   local id, index, score, attempts, faults = unpack(ARGV, 2 + ARGS * job, 1 + ARGS * (job + 1))
   local given = 0
-  if #redis.call('XPENDING', stream, 'workers', id, id, 1, consumer) == 1 then
+  -- pcall: the stream or its group may be gone (FLUSHALL, a failover); then nothing is held there.
+  local pending = redis.pcall('XPENDING', stream, 'workers', id, id, 1, consumer)
+  if not pending.err and #pending == 1 then
     local entry = redis.call('XRANGE', stream, id, id)[1]
     redis.call('XACK', stream, 'workers', id)
     redis.call('XDEL', stream, id)

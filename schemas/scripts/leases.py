@@ -21,9 +21,9 @@ def renew(client: Redis, stream: str, *, consumer: str, entries: Sequence[str]) 
     return [entry.decode() for entry in _RENEW.blocking(client, [stream], [consumer, *entries])]
 
 
-def reclaim(client: Redis, stream: str, *, idle_ms: int, spare: str, prefix: str = "") -> int:
-    """Return to the lane what other consumers held for `idle_ms` without renewing; returns how many jobs.
+def reclaim(client: Redis, stream: str, *, idle_ms: int, caller: str, prefix: str = "") -> int:
+    """Return to the lane what any consumer held for `idle_ms` without renewing; returns how many jobs.
 
     With `prefix`, only of consumers whose name begins so: those of a predecessor that is known to have ended.
     """
-    return int(_RECLAIM.blocking(client, [stream], [idle_ms, prefix, spare, RECLAIM_AT_MOST]))
+    return int(_RECLAIM.blocking(client, [stream], [idle_ms, prefix, caller, RECLAIM_AT_MOST]))

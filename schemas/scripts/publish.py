@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 from rollpool.schemas.commands import Command
 from rollpool.schemas.keys import Keys
 from rollpool.schemas.policies import Policy
-from rollpool.schemas.scripts.base import Script
+from rollpool.schemas.scripts.base import Arg, Script
 from rollpool.schemas.wire import pack_model
 
 _SCRIPT = Script("publish")
@@ -17,6 +17,6 @@ Answer = Literal["new", "same", "other", "old"]
 
 async def publish(client: Redis, keys: Keys, policy: Policy) -> tuple[Answer, int]:
     """Publish `policy`; the second value is the current version where the answer is `old`."""
-    args = [policy.version, policy.model_dump_json(), pack_model(Command(policy=policy)), policy.checkpoint]
+    args: list[Arg] = [policy.version, policy.model_dump_json(), pack_model(Command(policy=policy)), policy.checkpoint]
     answer, current = await _SCRIPT(client, [keys.policies, keys.policy, keys.control], args)
     return cast(Answer, answer.decode()), int(current)

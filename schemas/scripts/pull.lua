@@ -30,7 +30,7 @@ local function read(stream, count)
     if not string.find(reply.err, 'NOGROUP') then return reply end
     -- The server lost the stream (FLUSHALL, a failover): begin it again at its first entry.
     redis.call('XGROUP', 'CREATE', stream, 'workers', '0', 'MKSTREAM')
-    return {}
+    return read(stream, count)
   end
   return reply and reply[1][2] or {}
 end

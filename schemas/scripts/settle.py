@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 from rollpool.schemas.keys import Keys
 from rollpool.schemas.results import Group
 from rollpool.schemas.scripts.base import Arg, Script
+from rollpool.schemas.scripts.entries import Entry
 from rollpool.schemas.wire import pack_model
 
 _SCRIPT = Script("settle")
@@ -17,8 +18,7 @@ _SCRIPT = Script("settle")
 class Settlement:
     """A group that is finished, and the entry it came from."""
 
-    stream: str
-    entry: str
+    entry: Entry
     group: Group
     #: Why the job is also a dead letter; empty: it is not.
     dead: str = ""
@@ -38,13 +38,13 @@ async def settle(client: Redis, keys: Keys, settlements: Sequence[Settlement]) -
     for settlement in settlements:
         group = settlement.group
         script_keys += (
-            settlement.stream,
+            settlement.entry.stream,
             keys.batch(group.run, group.batch),
             keys.results(group.run, group.batch),
             keys.run(group.run),
         )
         args += (
-            settlement.entry,
+            settlement.entry.id,
             group.index,
             group.outcome,
             versions_text(group),
@@ -53,6 +53,7 @@ async def settle(client: Redis, keys: Keys, settlements: Sequence[Settlement]) -
             pack_model(group),
             group.worker,
             settlement.dead,
+            settlement.entry.body if settlement.dead else b"",
         )
     reply = await _SCRIPT(client, script_keys, args)
     return [Settled(bool(now), outcome.decode()) for now, outcome in zip(reply[::2], reply[1::2], strict=True)]

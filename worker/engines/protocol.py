@@ -1,0 +1,186 @@
+"""The one small protocol behind which every engine sits; the pull loop sees nothing else of an engine.
+
+Invariant: a `Completion` that exists is whole: its ids and log-probs are of one length, every log-prob is
+finite, and it ended as the engine's own sampling (or our own abort) ended it. Everything else is one of two
+faults, whose budgets the host keeps apart: `EngineUnavailable` (the infrastructure's: try the job
+elsewhere) and `RequestRefused` (the job's own: it would be refused anywhere).
+"""
+
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollpool.schemas.errors import EngineUnavailable, RollpoolError
+from rollpool.schemas.jobs import Message, SamplingParams
+
+__all__ = [
+    "ChatRequest",
+    "Completion",
+    "Engine",
+    "EngineFacts",
+    "EngineLoad",
+    "EngineOwner",
+    "EngineUnavailable",
+    "FinishReason",
+    "Line",
+    "RequestRefused",
+    "SampleRequest",
+    "new_rid",
+]
+
+#: The two lines of sglang-jax that differ in what they accept and answer.
+Line = Literal["main", "0.0.1.post1"]
+
+#: Why a completion ended. `abort` is seen only for a request that was aborted on purpose.
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class RequestRefused(RollpoolError, ValueError):  # noqa: N818 - the words of the design
+    """The engine, or the client before it, refused this request: the fault is the job's, not the host's."""
+
+
+def new_rid() -> str:
+    """A request id that is never reused and of one fixed length.
+
+    The engine aborts by prefix and mixes up the replies of a repeated id, so both properties matter.
+    """
+    return uuid.uuid4().hex
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SampleRequest:
+    """One sample to generate, tokens in."""
+
+    #: From `new_rid`; a fresh one for every call, retries included.
+    rid: str
+    #: The prompt, int32 [T].
+    input_ids: NDArray[np.int32]
+    sampling: SamplingParams
+    #: Name of an adapter the engine holds; refused by an engine that would ignore it.
+    lora_path: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest:
+    """One chat completion, for evaluation: text comes back, no token ids."""
+
+    rid: str
+    messages: Sequence[Message]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Completion:
+    """What one request produced."""
+
+    #: int32 [G], special tokens and a matched stop token included; empty for a chat.
+    output_ids: NDArray[np.int32]
+    #: float32 [G], one for each id; None for a chat.
+    logprobs: NDArray[np.float32] | None
+    text: str
+    finish_reason: FinishReason
+    #: As the engine counted them.
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What a running engine is and can do; learned once, when it has answered."""
+
+    line: Line
+    version: str
+    #: Requests the engine really runs at once, not what it was asked for.
+    max_running_requests: int
+    #: Prompt and completion together, at most: a little under the model's own, since the engine keeps some
+    #: back.
+    context_length: int
+    #: A prompt alone, at most.
+    max_prompt_tokens: int
+    #: True when a request may name an adapter.
+    lora: bool
+    model_path: str
+    tp_size: int
+    #: Changes with every engine process, and so with its weights; compare with what `identify` returns.
+    identity: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """What the engine says of itself now; None where its line does not say."""
+
+    running: int | None = None
+    waiting: int | None = None
+    free_kv_tokens: int | None = None
+    #: Tokens a second in the engine's last measuring window.
+    throughput: float | None = None
+    #: Decode steps so far; rises while the engine moves.
+    steps: int | None = None
+
+
+class Engine(Protocol):
+    """An engine on this host, whatever runs it."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What the engine is; does not change while this object lives."""
+        ...
+
+    async def generate(self, request: SampleRequest) -> Completion:
+        """Generate one sample; cancelling the call ends it in the engine too.
+
+        Raises:
+            RequestRefused: the request itself is at fault.
+            EngineUnavailable: the engine is; nothing is known of the request.
+        """
+        ...
+
+    async def chat(self, request: ChatRequest) -> Completion:
+        """Answer one chat, rendered by the engine; text alone."""
+        ...
+
+    async def abort(self, rids: Iterable[str]) -> None:
+        """End these requests; their calls return what they have, with finish reason `abort`."""
+        ...
+
+    async def load(self) -> EngineLoad | None:
+        """What the engine runs now; None when it cannot say."""
+        ...
+
+    async def identify(self) -> str:
+        """The identity of what answers now: differs from `facts.identity` once the engine was replaced."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the engine's connections; the engine itself goes on."""
+        ...
+
+
+class EngineOwner(Protocol):
+    """Who owns the engine of a host: the worker that launched it, or somebody else at a URL."""
+
+    @property
+    def controls_weights(self) -> bool:
+        """True when `open` serves the checkpoint it is given."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """Where the engine answers; empty while there is none."""
+        ...
+
+    async def open(self, checkpoint: str) -> Engine:
+        """Have an engine that really generates. Raises EngineUnavailable."""
+        ...
+
+    async def watch(self) -> str:
+        """Return the reason once the engine is dead or another."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the engine; harmless to repeat."""
+        ...

@@ -1,0 +1,69 @@
+"""What a host says of itself every few seconds, and what it hears of the others.
+
+Invariant: a heartbeat expires soon after its host stops; whoever is listed is alive or died moments ago.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from rollpool.schemas import Keys, WorkerStatus
+from rollpool.worker.clock import ServerClock
+
+log = logging.getLogger(__name__)
+
+#: Heartbeats a host may miss before it is no longer listed.
+MISSES = 5
+
+
+class Heartbeat:
+    """Writes one worker's status."""
+
+    def __init__(
+        self,
+        client: Redis,
+        keys: Keys,
+        clock: ServerClock,
+        *,
+        every_s: float,
+        status: Callable[[], WorkerStatus],
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._clock = clock
+        self._every_s = every_s
+        self._status = status
+
+    async def beat(self) -> None:
+        """Write it once."""
+        await self._clock.sync(self._client)
+        status = self._status().model_copy(update={"seen_ms": self._clock.now_ms()})
+        key = self._keys.worker(status.name)
+        async with self._client.pipeline(transaction=True) as pipe:
+            pipe.hset(key, mapping=status.fields())  # type: ignore[arg-type]
+            pipe.pexpire(key, int(1000 * MISSES * self._every_s))
+            await pipe.execute()
+
+    async def run(self) -> None:
+        """Beat until cancelled."""
+        while True:
+            try:
+                await self.beat()
+            except RedisError as error:
+                log.warning("heartbeat: %s; trying again", error)
+            await asyncio.sleep(self._every_s)
+
+    async def end(self, name: str) -> None:
+        """The host stops: it is listed no more."""
+        await self._client.delete(self._keys.worker(name))
+
+
+async def anyone_serves(client: Redis, keys: Keys, version: int) -> bool:
+    """True when a listed host serves `version`."""
+    async for key in client.scan_iter(match=keys.worker("*"), count=1000):
+        if await client.hget(key, "policy") == str(version).encode():
+            return True
+    return False

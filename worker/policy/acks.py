@@ -1,0 +1,28 @@
+"""What this host answers to commands.
+
+Invariant: every command a host hears of is acknowledged as received, and later once as applied or failed, unless the
+host dies or a newer command comes first.
+"""
+
+import logging
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from rollpool.schemas import Ack, Keys
+
+log = logging.getLogger(__name__)
+
+#: Answers kept, about: some hundred hosts times some hundred changes.
+KEPT = 50_000
+
+
+async def acknowledge(client: Redis, keys: Keys, ack: Ack) -> None:
+    """Add an answer to `acks`; one that cannot be delivered is logged, since heartbeats say the same."""
+    fields: dict[str, str | int | float] = {
+        name: "" if value is None else value for name, value in ack.model_dump().items()
+    }
+    try:
+        await client.xadd(keys.acks, fields, maxlen=KEPT, approximate=True)  # type: ignore[arg-type]
+    except RedisError as error:
+        log.warning("acknowledging policy %d as %s: %s", ack.version, ack.state, error)
