@@ -1,1 +1,52 @@
-"""The trainer's side."""
+"""The trainer's side: enqueue prompts, collect groups, publish policies, and resume after a crash.
+
+`RolloutPool` is the way in, `AsyncRolloutPool` its twin for asyncio code.
+"""
+
+from rollpool.producer.batch import AsyncBatch, Batch
+from rollpool.producer.pack import PackedBatch, pack
+from rollpool.producer.pool import AsyncRolloutPool, RolloutPool
+from rollpool.producer.report import BatchReport, Lengths
+from rollpool.producer.shared import enqueue_prompts
+from rollpool.schemas import (
+    BacklogFull,
+    Group,
+    InvalidPrompt,
+    NotPermitted,
+    Policy,
+    PolicyRejected,
+    PolicyUnknown,
+    PoolTimeout,
+    RollpoolError,
+    Sample,
+    SamplingParams,
+    SchemaMismatch,
+    SettingsError,
+    VersionSpan,
+)
+
+__all__ = [
+    "AsyncBatch",
+    "AsyncRolloutPool",
+    "BacklogFull",
+    "Batch",
+    "BatchReport",
+    "Group",
+    "InvalidPrompt",
+    "Lengths",
+    "NotPermitted",
+    "PackedBatch",
+    "Policy",
+    "PolicyRejected",
+    "PolicyUnknown",
+    "PoolTimeout",
+    "RolloutPool",
+    "RollpoolError",
+    "Sample",
+    "SamplingParams",
+    "SchemaMismatch",
+    "SettingsError",
+    "VersionSpan",
+    "enqueue_prompts",
+    "pack",
+]

@@ -41,9 +41,9 @@ def _checked(make: Callable[[], T], url: str) -> T:
         ) from error
 
 
-def connect(url: str, *, timeout_s: float = SOCKET_TIMEOUT_S) -> Redis:
+def connect(url: str, *, timeout_s: float = SOCKET_TIMEOUT_S, retries: int = RETRIES) -> Redis:
     """A blocking client, for threads of their own. Raises SettingsError on a malformed URL."""
-    retry = Retry(ExponentialWithJitterBackoff(_BACKOFF_CAP_S, _BACKOFF_BASE_S), RETRIES)
+    retry = Retry(ExponentialWithJitterBackoff(_BACKOFF_CAP_S, _BACKOFF_BASE_S), retries)
     return _checked(
         lambda: Redis.from_url(
             url,

@@ -26,12 +26,15 @@ SCHEMA = 1
 _INT32 = 1
 _FLOAT32 = 2
 _DTYPES: dict[int, np.dtype[Any]] = {_INT32: np.dtype("<i4"), _FLOAT32: np.dtype("<f4")}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def _encode_foreign(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.ndim == 1:
+        if value.dtype in _CODES:  # what all of ours are; the rest is what a user put into metadata
+            return msgpack.ExtType(_CODES[value.dtype], value.tobytes())
         code = _INT32 if np.issubdtype(value.dtype, np.integer) else _FLOAT32
         array = np.ascontiguousarray(value, dtype=_DTYPES[code])
         if not np.array_equal(array, value, equal_nan=code == _FLOAT32):
@@ -40,7 +43,7 @@ def _encode_foreign(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, BaseModel):
-        return dict(value)
+        return value.__dict__
     raise TypeError(f"msgpack carries no {type(value).__name__}: {value!r:.80}")
 
 
@@ -66,7 +69,7 @@ def unpack(body: bytes) -> Any:
 
 def pack_model(model: BaseModel) -> bytes:
     """Encode a model as a map whose first key is the schema number."""
-    return pack({"schema": SCHEMA, **dict(model)})
+    return pack({"schema": SCHEMA, **model.__dict__})
 
 
 def _unpack_model(body: bytes, model: type[Model]) -> Model:

@@ -478,9 +478,12 @@ class Host:
 
     def _lost(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
-            held = self._held.pop((entry.stream, entry.id), None)
-            if held is not None and self._session is not None:
-                self._session.generator.drop(held)
+            held = self._held.get((entry.stream, entry.id))
+            if held is None or held.left or self._session is None:
+                continue  # on its way to the server: the scripts know whose it is
+            log.warning("job %s is held by another host by now; dropping it here", held.job.id)
+            del self._held[entry.stream, entry.id]
+            self._session.generator.drop(held)
 
     def _count(self, replies: Sequence[Settled]) -> None:
         for reply in replies:

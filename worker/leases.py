@@ -76,7 +76,8 @@ class LeaseKeeper(threading.Thread):
         client: a blocking client that nobody else uses.
         me: this worker's incarnation.
         lease_s: after so long without renewal a job counts as lost.
-        on_lost: called on this thread with entries that another consumer holds by now.
+        on_lost: called on this thread with entries that are not this consumer's any more: reclaimed by another host,
+            or settled a moment ago.
         clock: monotonic seconds.
     """
 
@@ -177,7 +178,6 @@ class LeaseKeeper(threading.Thread):
         with self._lock:  # settled meanwhile: nothing was lost
             lost = [entry for entry in lost if self._held.pop((entry.stream, entry.id), None)]
         if lost:
-            log.warning("leases: %d jobs are held by other hosts by now; dropping them here", len(lost))
             self._on_lost(lost)
 
     def _reclaim(self) -> None:

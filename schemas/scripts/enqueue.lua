@@ -1,5 +1,5 @@
 -- Enqueue a batch, whole or not at all.
--- KEYS[1] batches:RUN:ID  hash: index -> state, and size, open, content, created_ms
+-- KEYS[1] batches:RUN:ID  hash: index -> state, and size, open, content, policy, created_ms
 -- KEYS[2] open:RUN        sorted set of the run's uncommitted batches
 -- KEYS[3] runs            set of run names
 -- KEYS[4] runs:RUN        hash of counters
@@ -23,7 +23,7 @@ redis.call('SADD', KEYS[3], run)
 if redis.call('EXISTS', KEYS[5]) == 0 then
   redis.call('XGROUP', 'CREATE', KEYS[5], 'workers', '0', 'MKSTREAM')
 end
-redis.call('HSET', KEYS[1], 'content', content, 'size', size, 'open', size, 'created_ms', now)
+redis.call('HSET', KEYS[1], 'content', content, 'size', size, 'open', size, 'policy', policy, 'created_ms', now)
 redis.call('ZADD', KEYS[2], now, batch)
 redis.call('HINCRBY', KEYS[4], 'enqueued', size)
 redis.call('HINCRBY', KEYS[4], 'open', size)

@@ -61,4 +61,5 @@ class Entry:
 
 
 def _count(field: bytes | None) -> int:
-    return int(field) if field and field.isdigit() else 0
+    # Nine digits: Python refuses to read numbers of thousands, which anyone could add by hand.
+    return int(field) if field and field.isdigit() and len(field) < 10 else 0

@@ -33,28 +33,26 @@ class Settled:
 
 
 async def settle(client: Redis, keys: Keys, settlements: Sequence[Settlement]) -> list[Settled]:
-    """Settle jobs in one round trip; replies in the same order. Harmless to repeat."""
-    script_keys, args = [keys.dead], list[Arg]()
+    """Settle jobs of one worker in one round trip; replies in the same order. Harmless to repeat."""
+    places: dict[tuple[str, str, str], int] = {}
+    args: list[Arg] = [settlements[0].group.worker] if settlements else [""]
     for settlement in settlements:
-        group = settlement.group
-        script_keys += (
-            settlement.entry.stream,
-            keys.batch(group.run, group.batch),
-            keys.results(group.run, group.batch),
-            keys.run(group.run),
-        )
+        entry, group = settlement.entry, settlement.group
         args += (
-            settlement.entry.id,
+            places.setdefault((entry.stream, group.run, group.batch), len(places)),
+            entry.id,
             group.index,
             group.outcome,
             versions_text(group),
             len(group.samples),
             group.tokens,
             pack_model(group),
-            group.worker,
             settlement.dead,
-            settlement.entry.body if settlement.dead else b"",
+            entry.body if settlement.dead else b"",
         )
+    script_keys = [keys.dead]
+    for stream, run, batch in places:
+        script_keys += (stream, keys.batch(run, batch), keys.results(run, batch), keys.run(run))
     reply = await _SCRIPT(client, script_keys, args)
     return [Settled(bool(now), outcome.decode()) for now, outcome in zip(reply[::2], reply[1::2], strict=True)]
 

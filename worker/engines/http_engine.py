@@ -76,6 +76,7 @@ class HttpEngine:
         self._session = session
         self._progress = progress or ProgressWatch(time.monotonic, float("inf"))
         self._witness = _Witness(self._url)
+        self._identifying = asyncio.Lock()
         self._inflight: set[str] = set()
         self._aborted: set[str] = set()
 

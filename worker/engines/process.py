@@ -21,10 +21,10 @@ from pathlib import Path
 import psutil
 
 from rollpool.worker.engines import diagnosis, process_group
-from rollpool.worker.engines.dialects import Dialect
+from rollpool.worker.engines.dialects import Dialect, pick_dialect
 from rollpool.worker.engines.http_engine import HttpEngine
 from rollpool.worker.engines.listener import listener_of
-from rollpool.worker.engines.preflight import engine_environment
+from rollpool.worker.engines.preflight import engine_environment, probe
 from rollpool.worker.engines.progress import ProgressWatch
 from rollpool.worker.engines.protocol import EngineUnavailable
 from rollpool.worker.engines.settings import EngineSettings
@@ -128,9 +128,10 @@ class EngineProcess:
     async def stop(self) -> None:
         """End the engine: SIGTERM, and SIGKILL for its whole group after `stop_timeout_s`; idempotent.
 
-        A server with a dead scheduler, or with an aborted request left in its queue, never ends by itself.
+        SIGKILL at once where SIGTERM is known to be without effect: the server waits for ever when a
+        process of it is dead, and when requests were given up that still waited in its queue.
         """
-        hopeless = self._dead() is not None
+        hopeless = self._dead() is not None or self._progress.in_flight > 0
         self._stopping = True
         if self._engine is not None:
             await self._engine.close()
@@ -160,7 +161,10 @@ class EngineProcess:
     async def _launch(self, model_path: str, port: int) -> asyncio.subprocess.Process:
         """Start the server as leader of a group of its own, bound to this process by the lifeline."""
         settings = self._settings
-        args = self._dialect.launch_args(settings, model_path=model_path, port=port, seed=secrets.randbelow(2**31))
+        dialect = self._dialect
+        if dialect is None:
+            dialect = pick_dialect((await probe(settings)).sglang_jax)
+        args = dialect.launch_args(settings, model_path=model_path, port=port, seed=secrets.randbelow(2**31))
         launcher = settings.launcher or default_launcher()
         read_end, self._lifeline = os.pipe()
         try:

@@ -97,7 +97,13 @@ def mend_kv_write() -> None:
         raise _refuse("memory_pool.update_kv_cache_vectorized", f"its parameters are not {expected}")
 
     def scatter(
-        k: Any, v: Any, loc: Any, k_cache: Any, v_cache: Any, page_size: int, kv_partition_axis: str = "tensor"
+        k: Any,
+        v: Any,
+        loc: Any,
+        k_cache: Any,
+        v_cache: Any,
+        page_size: int,
+        kv_partition_axis: str = "tensor",
     ) -> Any:
         where = jnp.where(loc < 0, k_cache.shape[0], loc)
         return k_cache.at[where].set(k, mode="drop"), v_cache.at[where].set(v, mode="drop")

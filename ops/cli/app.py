@@ -1,0 +1,73 @@
+"""The commands, each a thin wrapper of a module that does the work."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from rollpool.schemas import RollpoolError
+from rollpool.schemas.connection import DEFAULT_POOL, DEFAULT_URL
+
+#: Exit status after Ctrl-C, as shells have it: 128 + SIGINT.
+INTERRUPTED = 130
+
+Url = Annotated[str, typer.Option(envvar="ROLLPOOL_URL", help="Server of the pool.")]
+Pool = Annotated[str, typer.Option(envvar="ROLLPOOL_POOL", help="Name of the pool.")]
+
+
+class _Group(typer.core.TyperGroup):
+    """Turns our errors into one line; a traceback is for what we did not foresee."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RollpoolError as error:
+            print(f"rollpool: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("rollpool: interrupted; everything that was started has ended", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A Redis-Streams rollout worker pool for reinforcement learning on TPUs with sglang-jax.",
+)
+
+
+@app.command()
+def status(
+    url: Url = DEFAULT_URL,
+    pool: Pool = DEFAULT_POOL,
+    watch: Annotated[float | None, typer.Option(help="Show it again every so many seconds.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Show the backlog by run, lane and policy, what is in flight, the workers and their engines."""
+    from rollpool.ops.status import show_status
+
+    show_status(url, pool, watch=watch, as_json=as_json)
+
+
+@app.command()
+def local(
+    workers: Annotated[int, typer.Option(min=1, help="Hosts, each with an engine of its own (1.2 GB).")] = 1,
+    model: Annotated[Path | None, typer.Option(help="Checkpoint to serve; none: a tiny random model.")] = None,
+    url: Annotated[str | None, typer.Option(help="Server of the pool; none: one is started.")] = None,
+    pool: Pool = DEFAULT_POOL,
+) -> None:
+    """Run a whole pool on this machine, with real engines on CPU, until Ctrl-C."""
+    from rollpool.ops.local.run import run_local
+
+    run_local(workers=workers, model=model, url=url, pool=pool)
+
+
+@app.command()
+def demo() -> None:
+    """Run the main job: two hosts, 64 groups, a new policy midway, every log-prob checked. Ends with a line of JSON."""
+    from rollpool.ops.demo import run_demo
+
+    run_demo()
