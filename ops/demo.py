@@ -62,7 +62,7 @@ def run_demo() -> None:
     checkpoints = {version: make_tiny_model(cache / "models" / f"tiny-{version}", seed=version) for version in (1, 2)}
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(LocalServer())
-        engine = cpu_engine(python, cache, engine_line())
+        engine = cpu_engine(python, cache, engine_line(python))
         hosts = stack.enter_context(LocalHosts(server.url, POOL, cache / "demo", engine))
         pool = stack.enter_context(RolloutPool(server.url, pool=POOL, run=RUN))
         client = stack.enter_context(connect(server.url))

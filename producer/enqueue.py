@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rollpool.schemas import wire
@@ -23,6 +24,9 @@ from rollpool.schemas.jobs import Endpoint, Lane, Prompt, PromptJob, SamplingPar
 #: Bytes of one batch. A Redis server closes a connection whose request outgrows its query buffer, 1 GB by default;
 #: half of it leaves room for a server that is set lower, and for the copies made on both sides.
 MAX_BATCH_BYTES = 512 * 1024 * 1024
+
+#: What a user may pass as a prompt: text, token ids [T], or chat messages.
+PromptInput = str | Sequence[int] | NDArray[np.integer[Any]] | Sequence[Mapping[str, Any]]
 
 _PROMPTS: TypeAdapter[list[Any]] = TypeAdapter(
     list[Prompt], config=ConfigDict(strict=True, arbitrary_types_allowed=True)
@@ -66,7 +70,7 @@ class Draft:
 
 
 def draft(
-    prompts: Sequence[Any],
+    prompts: Sequence[PromptInput],
     *,
     run: str,
     policy_version: int,
@@ -127,7 +131,7 @@ def _checked_prompts(prompts: Iterable[Any]) -> list[Any]:
 
 
 def _as_array(prompt: Any) -> Any:
-    """A list of plain integers becomes an array before it is judged, and not item by item afterwards: 10 times faster."""
+    """A list of plain integers becomes an array before it is judged: judging it item by item is most of the cost."""
     return np.asarray(prompt) if type(prompt) is list and set(map(type, prompt)) == {int} else prompt
 
 

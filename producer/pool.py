@@ -7,6 +7,7 @@ implementation, the asyncio one; `RolloutPool` runs it in a portal. What a pool 
 
 import asyncio
 import functools
+import inspect
 import logging
 import time
 import weakref
@@ -16,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from rollpool.producer import publish
 from rollpool.producer.batch import AsyncBatch, Batch, hand_out, hand_out_async
-from rollpool.producer.enqueue import Draft, draft
+from rollpool.producer.enqueue import Draft, PromptInput, draft
 from rollpool.producer.feed import Feed
 from rollpool.producer.inbox import BEGIN, Inbox, from_ranges
 from rollpool.producer.portal import Portal
@@ -24,7 +25,7 @@ from rollpool.producer.progress import progress_bar
 from rollpool.producer.server import Server
 from rollpool.schemas import scripts, wire
 from rollpool.schemas.errors import BacklogFull, InvalidPrompt, SchemaMismatch, SettingsError
-from rollpool.schemas.jobs import Endpoint, Lane, Prompt, SamplingParams
+from rollpool.schemas.jobs import Endpoint, Lane, SamplingParams
 from rollpool.schemas.policies import Policy
 from rollpool.schemas.results import Group
 
@@ -89,7 +90,7 @@ class AsyncRolloutPool:
 
     async def enqueue_prompts(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptInput],
         *,
         policy_version: int,
         n: int = 1,
@@ -314,7 +315,8 @@ class AsyncRolloutPool:
             open_names: list[Any] = await server.client.zrange(server.keys.open_batches(server.run), 0, -1)
             for name in (member.decode() for member in open_names):
                 key = server.keys.batch(server.run, name)
-                size, content = await server.client.hmget(key, ["size", "content"])
+                facts: list[Any] = await server.client.hmget(key, ["size", "content"])
+                size, content = facts
                 if size and content:
                     consumed = from_ranges(named.get(name, {"consumed": []})["consumed"])
                     self._batches[name] = AsyncBatch(server, Inbox(name, int(size), consumed), content.decode())
@@ -368,12 +370,16 @@ def _blocking_batch(
     def call(self: "RolloutPool", /, *args: P.args, **kwargs: P.kwargs) -> Batch:
         return self._facade(self._portal.run(method(self._pool, *args, **kwargs)))
 
-    return _named_after(method, call)
+    return _named_after(method, call, returns=Batch)
 
 
-def _named_after(method: Callable[..., Any], twin: Callable[P, R]) -> Callable[P, R]:
+def _named_after(method: Callable[..., Any], twin: Callable[P, R], **returns: type[Any]) -> Callable[P, R]:
+    """Give the twin the name, documentation and signature of its method, for `help` and editors."""
     functools.update_wrapper(twin, method)
     twin.__qualname__ = f"RolloutPool.{method.__name__}"
+    signature = inspect.signature(method)
+    shown = signature.replace(return_annotation=returns.get("returns", signature.return_annotation))
+    twin.__signature__ = shown  # type: ignore[attr-defined]
     return twin
 
 

@@ -4,6 +4,7 @@ Invariant: one pool a process, made at the first call; a forked child makes its 
 """
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec
@@ -26,6 +27,9 @@ def _on_shared_pool(method: Callable[Concatenate[RolloutPool, P], Batch]) -> Cal
 
     call.__name__ = call.__qualname__ = method.__name__
     call.__doc__ = method.__doc__
+    signature = inspect.signature(method)
+    _, *parameters = signature.parameters.values()
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return call
 
 

@@ -3,7 +3,7 @@
 Figures in the comments were measured with the tiny model on two shared cores at tp=8, 16 requests at once
 of 32 tokens each unless they say otherwise.
 
-Invariant: both lines compute in float32, never compile for a new shape while serving, and answer with what
+Invariant: both lines compute in float32, in one shape for prefill and one for decoding, and answer with what
 the numpy oracle computes; only speed depends on the values chosen here.
 """
 

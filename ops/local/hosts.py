@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rollpool.ops.inspect import read_workers
-from rollpool.ops.local.engine_settings import cpu_engine_args, cpu_engine_env
+from rollpool.ops.local.engine_settings import EngineLine, cpu_engine_args, cpu_engine_env
 from rollpool.schemas import Keys, RollpoolError
 from rollpool.schemas.connection import connect
 
@@ -28,7 +28,7 @@ MAX_RUNNING_REQUESTS = 16
 
 
 def cpu_engine(
-    python: Path, cache: Path, line: str, *, max_running_requests: int = MAX_RUNNING_REQUESTS
+    python: Path, cache: Path, line: EngineLine, * max_running_requests: int = MAX_RUNNING_REQUESTS
 ) -> dict[str, Any]:
     """The `engine` settings of a host on CPU.
 
@@ -48,9 +48,19 @@ def cpu_engine(
         "max_seq_len": 256,
         "page_size": 1,
         "max_running_requests": max_running_requests,
-        "extra_args": cpu_engine_args(line, max_running_requests=max_running_requests),
+        "extra_args": _not_owned(cpu_engine_args(line, max_running_requests=max_running_requests)),
         "env": cpu_engine_env(8, cache_dir=jit_cache),
     }
+
+
+#: Flags that the worker sets from settings of its own.
+_OWNED = ("--page-size", "--context-length", "--max-seq-len", "--max-running-requests")
+
+
+def _not_owned(args: Sequence[str]) -> list[str]:
+    """Drop `--flag value` pairs of `_OWNED`."""
+    skip = {at + offset for at, arg in enumerate(args) if arg in _OWNED for offset in (0, 1)}
+    return [arg for at, arg in enumerate(args) if at not in skip]
 
 
 def launcher() -> Path:

@@ -229,8 +229,8 @@ def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
         `[H, T, d]`.
     """
     first, second = np.split(x, 2, axis=-1)
-    result: Floats = x * cos + np.concatenate([-second, first], axis=-1) * sin
-    return result
+    turned = np.concatenate([-second, first], axis=-1)
+    return np.asarray(x * cos + turned * sin, dtype=np.float32)
 
 
 def log_softmax(x: Floats) -> Floats:

@@ -3,6 +3,7 @@
 Invariant: when it returns, everything it started has ended.
 """
 
+import asyncio
 import contextlib
 import os
 import time
@@ -11,11 +12,15 @@ from pathlib import Path
 from rich.console import Console
 
 from rollpool.ops.local.engine_env import ensure_engine_env
+from rollpool.ops.local.engine_settings import EngineLine, cpu_engine_env
 from rollpool.ops.local.hosts import LocalHosts, cpu_engine
 from rollpool.ops.local.server import LocalServer
 from rollpool.ops.local.tiny_model import make_tiny_model
 from rollpool.producer import PolicyRejected, RolloutPool
 from rollpool.schemas import PoolTimeout
+from rollpool.worker.engines.dialects import pick_dialect
+from rollpool.worker.engines.preflight import probe
+from rollpool.worker.engines.settings import EngineSettings
 
 #: Seconds between looks at the workers.
 LOOK_EVERY_S = 1.0
@@ -29,9 +34,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("ROLLPOOL_CACHE") or Path.home() / ".cache" / "rollpool")
 
 
-def engine_line() -> str:
-    """The line of sglang-jax behind `$ROLLPOOL_ENGINE_PYTHON`; 0.0.1.post1 is what we install ourselves."""
-    return os.environ.get("ROLLPOOL_ENGINE_LINE", "0.0.1.post1")
+def engine_line(python: Path) -> EngineLine:
+    """The line of sglang-jax that an interpreter has: 0.0.1.post1 is what we install, main what a user may bring."""
+    report = asyncio.run(probe(EngineSettings(python=python, device="cpu", env=cpu_engine_env())))
+    return pick_dialect(report.sglang_jax).line
 
 
 def wait_until_served(pool: RolloutPool, hosts: LocalHosts, version: int, timeout: float = START_S) -> None:
@@ -58,7 +64,7 @@ def run_local(*, workers: int, model: Path | None, url: str | None, pool: str) -
     checkpoint = model or make_tiny_model(cache / "models" / "tiny-1", seed=1)
     with contextlib.ExitStack() as stack:
         server_url = url or stack.enter_context(LocalServer()).url
-        engine = cpu_engine(python, cache, engine_line())
+        engine = cpu_engine(python, cache, engine_line(python))
         hosts = stack.enter_context(LocalHosts(server_url, pool, cache / "local" / pool, engine))
         trainer = stack.enter_context(RolloutPool(server_url, pool=pool, run="local"))
         version = _publish(trainer, checkpoint)

@@ -16,21 +16,25 @@ local function add(key, field, amount)
   counts[key][field] = (counts[key][field] or 0) + amount
 end
 
-local function bury(stream, id, index, dead, job)
-  local entry = redis.call('XRANGE', stream, id, id)
-  -- Another host may have it by now, under another entry.
-  local fields = entry[1] and entry[1][2] or {'index', index, 'body', job}
-  redis.call('XADD', KEYS[1], '*', 'error', dead, 'worker', worker, unpack(fields))
+-- An open job is kept even where its entry is gone: another host has it by now, under another entry. One of an unknown
+-- batch (added by hand, or lost by the server) is kept while its entry is there: a repeated call would keep it twice.
+local function bury(stream, id, name, before, dead, job)
+  local entry = id ~= '' and redis.call('XRANGE', stream, id, id)[1]
+  if not entry and not before then return end
+  local fields = entry and entry[2] or {'job', name, 'body', job}
+  -- No entry of ours has so many fields; unpack, and with it the whole call, would fail on one added by hand.
+  redis.call('XADD', KEYS[1], '*', 'error', dead, 'worker', worker, unpack(fields, 1, math.min(#fields, AT_ONCE)))
 end
 
 for at = 2, #ARGV, ARGS do
   local place, id, index, outcome, policy, samples, tokens, body, dead, job = unpack(ARGV, at, at + ARGS - 1)
   local stream, batch, results, run = unpack(KEYS, 2 + 4 * place, 5 + 4 * place)
+  local name = string.match(batch, '([^:]*)$') .. '/' .. index
   local before = redis.call('HGET', batch, index)
   if before == 'open' then
     redis.call('HSET', batch, index, outcome)
-    redis.call('XADD', results, '*', 'job', string.match(batch, '([^:]*)$') .. '/' .. index, 'outcome', outcome,
-      'policy', policy, 'samples', samples, 'tokens', tokens, 'worker', worker, 'body', body)
+    redis.call('XADD', results, '*', 'job', name, 'outcome', outcome, 'policy', policy, 'samples', samples,
+      'tokens', tokens, 'worker', worker, 'body', body)
     for _, key in ipairs({batch, run}) do
       add(key, 'open', -1)
       add(key, outcome, 1)
@@ -43,8 +47,7 @@ for at = 2, #ARGV, ARGS do
     replies[#replies + 1] = 0
     replies[#replies + 1] = before or 'gone'
   end
-  -- A dead letter of an unknown batch is kept too: it is what somebody added by hand, or what the server lost.
-  if dead ~= '' and (before == 'open' or not before) then bury(stream, id, index, dead, job) end
+  if dead ~= '' and (before == 'open' or not before) then bury(stream, id, name, before, dead, job) end
   if id ~= '' then
     entries[stream] = entries[stream] or {}
     table.insert(entries[stream], id)

@@ -304,6 +304,13 @@ async def test_an_engine_that_is_gone_is_told_as_such(fake: FakeServer, engine: 
         await engine.load()
 
 
+async def test_a_closed_engine_is_unavailable(engine: HttpEngine) -> None:
+    await engine.close()
+    for call in (engine.generate(request()), engine.load(), engine.identify()):
+        with pytest.raises(EngineUnavailable, match="was closed"):
+            await call
+
+
 async def test_cancelling_a_call_ends_it_in_the_engine(fake: FakeServer, engine: HttpEngine) -> None:
     asked = request([99])
     call = asyncio.create_task(engine.generate(asked))

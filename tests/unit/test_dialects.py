@@ -64,7 +64,7 @@ POST1_INFO: dict[str, Any] = {
 
 
 def request(**changes: Any) -> SampleRequest:
-    fields = {
+    fields: dict[str, Any] = {
         "rid": new_rid(),
         "input_ids": np.arange(5, dtype=np.int32),
         "sampling": SamplingParams(max_new_tokens=8),
@@ -134,7 +134,8 @@ def test_the_true_logprobs_are_the_last_ones(count: int, repeated: int) -> None:
     assert completion.output_ids.tolist() == list(range(10, 10 + count))
     assert completion.logprobs is not None
     assert completion.logprobs.shape == (count,)
-    assert (completion.output_ids.dtype, completion.logprobs.dtype) == (np.int32, np.float32)
+    assert completion.output_ids.dtype == np.int32
+    assert completion.logprobs.dtype == np.float32
 
 
 def test_ids_come_from_the_logprobs_never_from_output_ids() -> None:

@@ -3,7 +3,7 @@ import inspect
 import numpy as np
 import pytest
 
-from rollpool.producer import AsyncRolloutPool, InvalidPrompt, RolloutPool, SamplingParams
+from rollpool.producer import AsyncRolloutPool, Batch, InvalidPrompt, RolloutPool, SamplingParams, enqueue_prompts
 from rollpool.producer.enqueue import draft
 from rollpool.producer.inbox import Inbox, as_ranges, from_ranges
 from rollpool.schemas import Group
@@ -153,6 +153,13 @@ def test_the_blocking_pool_has_the_parameters_of_the_asyncio_one(name):
     blocking, asynchronous = (inspect.signature(getattr(pool, name)) for pool in (RolloutPool, AsyncRolloutPool))
     assert blocking.parameters == asynchronous.parameters
     assert getattr(RolloutPool, name).__doc__
+
+
+def test_the_function_has_the_parameters_of_the_method():
+    function, method = inspect.signature(enqueue_prompts), inspect.signature(RolloutPool.enqueue_prompts)
+    assert ["self", *function.parameters] == list(method.parameters)
+    assert function.return_annotation == method.return_annotation == Batch
+    assert enqueue_prompts.__doc__ == RolloutPool.enqueue_prompts.__doc__
 
 
 def group(index, outcome="ok", prompt=3, output=2):

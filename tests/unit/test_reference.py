@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from rollpool.ops.local.reference import ReferenceModel, log_softmax
 from rollpool.ops.local.tiny_model import (
     EOS_TOKEN_ID,

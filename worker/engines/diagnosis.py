@@ -78,7 +78,8 @@ def describe_exit(returncode: int) -> str:
         name = signal.Signals(-returncode).name
     except ValueError:
         name = f"signal {-returncode}"
-    hint = ", as the kernel does when memory runs out" if -returncode == signal.SIGKILL else ""
+    # The server kills itself so after an error of its scheduler, which its log then tells.
+    hint = " (by itself after an error, or by the kernel when memory runs out)" if name == "SIGKILL" else ""
     return f"was ended by {name}{hint}"
 
 

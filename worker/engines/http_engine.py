@@ -187,6 +187,7 @@ class HttpEngine:
             self._aborted.discard(rid)
 
     async def _post(self, path: str, body: dict[str, Any], *, parse: bool = True) -> Any:
+        self._check_open()
         try:
             async with self._session.post(self._url + path, data=json.dumps(body).encode()) as response:
                 status, payload = response.status, await response.read()
@@ -200,7 +201,12 @@ class HttpEngine:
             _raise_for(status, payload, f"{self._url}{path}")
         return _decode(payload, f"{self._url}{path}") if parse else None
 
+    def _check_open(self) -> None:
+        if self._session.closed:
+            raise EngineUnavailable(f"the engine at {self._url} was closed; run the request on its successor")
+
     async def _info(self) -> dict[str, Any]:
+        self._check_open()
         return await _get_info(self._session, self._url, _ASK_S, self._witness)
 
     async def _introduce(self, info: dict[str, Any]) -> None:

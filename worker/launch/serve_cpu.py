@@ -19,14 +19,17 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # The folder of a script run by path is on `sys.path`, but not in the spawned child that imports it again.
 _HERE = str(Path(__file__).resolve().parent)
 if _HERE not in sys.path:
     sys.path.insert(0, _HERE)
 
-from serve import main  # noqa: E402
+if TYPE_CHECKING:
+    from rollpool.worker.launch.serve import main
+else:
+    from serve import main
 
 MENDED_VERSION = "0.0.1.post1"
 # Bounds how late an idle scheduler sees its second, rarely used socket; requests are seen at once.
@@ -53,7 +56,10 @@ def _rewrite(module: ModuleType, owner: object, name: str, old: str, new: str) -
         function = function.__func__  # A class method: its source brings the decorator along.
     if not isinstance(function, FunctionType):
         raise _refuse(what, "there is no such function")
-    source = textwrap.dedent(inspect.getsource(function))
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+    except OSError as error:
+        raise _refuse(what, "its source cannot be read") from error
     if source.count(old) != 1:
         raise _refuse(what, f"its source has {old!r} {source.count(old)} times, not once")
     # Into a namespace of its own, whose globals are the module's: nothing else of the module is touched.

@@ -1,0 +1,51 @@
+# Two commands matter: `make demo` and `make test`. Each sets up what it needs, on a machine with Python 3.11+ alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := schemas producer worker ops
+# A strict editable install links files one by one, so a file that comes or goes means installing again.
+FOLDERS := $(shell find $(PACKAGES) -type d -not -name __pycache__)
+
+.PHONY: setup demo test lint format types wheel tests bench-queue bench-saturation docs clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml $(FOLDERS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[local,dev]' --config-settings editable_mode=strict
+	touch $@
+
+demo: setup
+	$(BIN)/rollpool demo
+
+test: setup
+	$(BIN)/python tests/stages.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup
+	$(BIN)/python tests/stages.py wheel types
+
+wheel: setup
+	$(BIN)/python tests/stages.py wheel
+
+tests: setup
+	$(BIN)/pytest
+
+bench-queue: setup
+	$(BIN)/python benchmarks/bench_queue.py
+
+bench-saturation: setup
+	$(BIN)/python benchmarks/bench_saturation.py
+
+docs: setup
+	$(BIN)/python docs/make_reference.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
