@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from real_pool import RealPool, start_real_pool
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
@@ -58,3 +59,10 @@ async def redis_client(redis_url: str) -> AsyncIterator[AsyncRedis]:
     client = connect_async(redis_url)
     yield client
     await client.aclose()
+
+
+@pytest.fixture(scope="session")
+def real_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealPool]:
+    """Two `rq worker` hosts, each with a real engine, serving policy 1; shared by all tests that need one."""
+    with start_real_pool(tmp_path_factory.mktemp("real-pool")) as pool:
+        yield pool

@@ -28,7 +28,7 @@ MAX_RUNNING_REQUESTS = 16
 
 
 def cpu_engine(
-    python: Path, cache: Path, line: EngineLine, * max_running_requests: int = MAX_RUNNING_REQUESTS
+    python: Path, cache: Path, line: EngineLine, *, max_running_requests: int = MAX_RUNNING_REQUESTS
 ) -> dict[str, Any]:
     """The `engine` settings of a host on CPU.
 
