@@ -19,6 +19,11 @@ STEPS, PROMPTS, SAMPLES = 6, 8, 4
 SAMPLING = SamplingParams(max_new_tokens=16, temperature=1.0)
 
 
+def saved() -> dict[str, Any] | None:
+    """What an earlier start left, if it did not get to the end."""
+    return json.loads(CHECKPOINT.read_text()) if CHECKPOINT.exists() else None
+
+
 def save(step: int, pool: AsyncRolloutPool) -> None:
     """What the next start needs: the next step, and what the pool has handed out so far."""
     CHECKPOINT.write_text(json.dumps({"step": step, "pool": pool.state_dict()}))
@@ -51,14 +56,15 @@ def rewards(groups: list[Group]) -> list[float]:
 def train(step: int, arrays: PackedBatch, scores: list[float]) -> None:
     """Where the gradient step goes."""
     newest = int(arrays.versions.max(initial=-1))
-    print(f"step {step}: {len(arrays)} rows, newest policy {newest}, mean reward {sum(scores) / len(scores):.3f}")
+    print(
+        f"step {step}: {len(arrays)} rows, newest policy {newest}, mean reward {sum(scores) / max(1, len(scores)):.3f}"
+    )
 
 
 async def main() -> None:
     """Train on the steps that are left."""
-    if CHECKPOINT.exists():
-        saved: dict[str, Any] = json.loads(CHECKPOINT.read_text())
-        first, pool = saved["step"], await AsyncRolloutPool.resume(saved["pool"])
+    if before := saved():
+        first, pool = before["step"], await AsyncRolloutPool.resume(before["pool"])
         print(f"resuming run {pool.run} at step {first}")
     else:
         first, pool = 0, AsyncRolloutPool(run=f"async-{int(time.time())}")
@@ -75,11 +81,11 @@ async def main() -> None:
                 print(batch.report().model_dump_json(indent=2))
             save(step + 1, pool)  # first save, then commit: a crash between the two trains nothing twice
             await batch.commit()
-    CHECKPOINT.unlink()
 
 
 if __name__ == "__main__":
     try:
         asyncio.run(main())
+        CHECKPOINT.unlink()
     except KeyboardInterrupt:
         print("interrupted; start it again to go on")

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from real_pool import RealPool, start_real_pool
+from real_pool import WORKERS, RealEngine, RealPool, start_real_pool
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
@@ -66,3 +66,9 @@ def real_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealPool]:
     """Two `rq worker` hosts, each with a real engine, serving policy 1; shared by all tests that need one."""
     with start_real_pool(tmp_path_factory.mktemp("real-pool")) as pool:
         yield pool
+
+
+@pytest.fixture
+def engine(real_pool: RealPool) -> RealEngine:
+    """A real engine to be asked directly."""
+    return real_pool.engine(WORKERS[1])

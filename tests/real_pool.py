@@ -4,12 +4,15 @@ Invariant: a test leaves it with both hosts serving the policy that is current, 
 """
 
 import contextlib
+import json
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -35,6 +38,28 @@ LEASE_S = 3.0
 SERVE_S = 240.0
 
 
+@dataclass(frozen=True)
+class RealEngine:
+    """One of the pool's engines, while its worker has nothing to do."""
+
+    url: str
+    model_path: Path
+
+    def generate(self, input_ids: list[int], **sampling: Any) -> dict[str, Any]:
+        """Ask it directly, past all of rollpool."""
+        body = {
+            "input_ids": input_ids,
+            "return_logprob": True,
+            "sampling_params": {"ignore_eos": True, "skip_special_tokens": False, "no_stop_trim": True} | sampling,
+        }
+        request = urllib.request.Request(
+            f"{self.url}/generate", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            answer: dict[str, Any] = json.load(reply)
+        return answer
+
+
 @dataclass
 class RealPool:
     """The running pool."""
@@ -50,6 +75,14 @@ class RealPool:
         """A worker's heartbeat."""
         with connect(self.url) as client:
             return next((each for each in read_workers(client, Keys(POOL)) if each.name == name), None)
+
+    def engine(self, name: str) -> RealEngine:
+        """A worker's engine, to be asked directly."""
+        status, policy = self.status(name), self.trainer.current_policy()
+        assert status is not None
+        assert policy is not None
+        assert status.policy == policy.version
+        return RealEngine(status.engine_url, Path(policy.checkpoint))
 
     def kill_worker(self, name: str) -> None:
         """SIGKILL the `rq worker` process."""

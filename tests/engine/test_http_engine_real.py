@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from real_pool import RealEngine
 
 from rollpool.schemas.jobs import SamplingParams
 from rollpool.worker.engines.http_engine import HttpEngine
@@ -26,7 +27,7 @@ LONG = 64
 
 
 @pytest.fixture
-async def client(engine: Any) -> AsyncIterator[HttpEngine]:
+async def client(engine: RealEngine) -> AsyncIterator[HttpEngine]:
     async with await HttpEngine.attach(engine.url, timeout_s=120) as attached:
         yield attached
 
@@ -43,7 +44,7 @@ def assert_whole(done: Completion, length: int) -> None:
     assert (done.logprobs <= 0).all()
 
 
-async def test_facts_match_the_launch(client: HttpEngine, engine: Any) -> None:
+async def test_facts_match_the_launch(client: HttpEngine, engine: RealEngine) -> None:
     facts = client.facts
     assert facts.model_path == str(engine.model_path)
     assert 0 < facts.max_prompt_tokens < facts.context_length

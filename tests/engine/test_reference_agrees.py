@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from real_pool import RealEngine
 
 from rollpool.ops.local.reference import ReferenceModel, log_softmax
 
@@ -22,19 +23,13 @@ Sample = tuple[list[int], npt.NDArray[np.int64], npt.NDArray[np.float64]]
 Ask = Callable[..., list[Sample]]
 
 
-class EngineLike(Protocol):
-    model_path: Any
-
-    def generate(self, input_ids: list[int], **sampling: Any) -> dict[str, Any]: ...
-
-
-@pytest.fixture(scope="module")
-def model(engine: EngineLike) -> ReferenceModel:
+@pytest.fixture
+def model(engine: RealEngine) -> ReferenceModel:
     return ReferenceModel.from_checkpoint(engine.model_path)
 
 
 @pytest.fixture
-def ask(engine: EngineLike, request: pytest.FixtureRequest) -> Ask:
+def ask(engine: RealEngine, request: pytest.FixtureRequest) -> Ask:
     """Sixteen prompts at once, new ones in each test: neither batching nor an empty prefix cache may matter."""
     rng = np.random.default_rng(list(request.node.name.encode()))
     prompts = [rng.integers(0, 508, rng.integers(3, 40)).tolist() for _ in range(16)]

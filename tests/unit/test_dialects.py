@@ -114,6 +114,16 @@ def test_a_chat_asks_for_logprobs_where_mixing_kills_and_not_where_they_break_it
     assert (body["max_completion_tokens"], body["min_tokens"]) == (5, 3)
 
 
+def test_main_is_never_asked_for_the_min_p_it_ignores() -> None:
+    sampling = SamplingParams(min_p=0.1)
+    chat = ChatRequest(rid=new_rid(), messages=[{"role": "user", "content": "x"}], sampling=sampling)
+    with pytest.raises(RequestRefused, match="ignores min_p"):
+        Main().generate_body(replace(request(), sampling=sampling))
+    with pytest.raises(RequestRefused, match="ignores min_p"):
+        Main().chat_body(chat, "m")
+    assert Post1().generate_body(replace(request(), sampling=sampling))["sampling_params"]["min_p"] == 0.1
+
+
 def test_a_lora_path_goes_only_to_a_line_that_reads_it() -> None:
     assert Main().generate_body(request(lora_path="a"))["lora_path"] == "a"
     with pytest.raises(RequestRefused, match="silently ignores"):

@@ -56,12 +56,16 @@ class Dialect(ABC):
     #: Whether a chat asks for log-probs, which nobody reads: the main line dies of a request without them
     #: beside one with them, and 0.0.1.post1 answers 500 to a chat with them.
     chat_logprobs: bool
+    #: Whether the line takes `min_p` and pays no heed to it, as main does: at 0.1, nearly half of the tokens it
+    #: sampled lay below the threshold.
+    ignores_min_p: bool
 
     def generate_body(self, request: SampleRequest) -> Json:
         """The body of `POST /generate`.
 
         Ids come from the log-probs, so text is asked for with nothing trimmed or skipped: then both agree.
         """
+        self._check_sampling(request.sampling)
         body: Json = {
             "rid": request.rid,
             "input_ids": request.input_ids.tolist(),
@@ -81,8 +85,17 @@ class Dialect(ABC):
             body["lora_path"] = request.lora_path
         return body
 
+    def _check_sampling(self, sampling: SamplingParams) -> None:
+        """Refuse what the line would accept and ignore."""
+        if self.ignores_min_p and sampling.min_p > 0.0:
+            raise RequestRefused(
+                f"sglang-jax {self.line} ignores min_p, so min_p={sampling.min_p} was not sent to it: "
+                "use top_p or top_k"
+            )
+
     def chat_body(self, request: ChatRequest, model: str) -> Json:
         """The body of `POST /v1/chat/completions`."""
+        self._check_sampling(request.sampling)
         return {
             "rid": request.rid,
             "model": model,
@@ -229,7 +242,7 @@ class Main(Dialect):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(line="main", supports_lora=True, chat_logprobs=True)
+        super().__init__(line="main", supports_lora=True, chat_logprobs=True, ignores_min_p=True)
 
     def max_running_requests(self, info: Json) -> int:
         """The least of argument, pool and what the attention kernel allows, as `tp_worker.py` takes it.
@@ -284,7 +297,7 @@ class Post1(Dialect):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(line="0.0.1.post1", supports_lora=False, chat_logprobs=False)
+        super().__init__(line="0.0.1.post1", supports_lora=False, chat_logprobs=False, ignores_min_p=False)
 
     def max_running_requests(self, info: Json) -> int:
         """The least of argument and pool; the pool is worked out as `model_runner.py` does.
