@@ -6,6 +6,7 @@ Invariant: every figure comes from `read_status`; here it is only drawn.
 import json
 import time
 
+from redis.exceptions import RedisError
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -35,7 +36,7 @@ def show_status(url: str, pool: str, *, watch: float | None, as_json: bool) -> N
                     while True:
                         time.sleep(watch)
                         live.update(draw(read_status(client, keys)), refresh=True)
-        except (ConnectionError, OSError) as error:
+        except RedisError as error:
             raise RollpoolError(
                 f"the server at {url} cannot be reached ({error}); set --url or ROLLPOOL_URL"
             ) from error
