@@ -43,7 +43,7 @@ class Server:
         self.url = url or os.environ.get("ROLLPOOL_URL") or DEFAULT_URL
         self.keys = Keys(pool or os.environ.get("ROLLPOOL_POOL") or DEFAULT_POOL)
         self.run = run or os.environ.get("ROLLPOOL_RUN") or DEFAULT_RUN
-        if not re.match(NAME_PATTERN, self.run):
+        if not re.fullmatch(NAME_PATTERN, self.run):
             raise SettingsError(f"run {self.run!r}: a run's name is letters, digits, '.', '_' and '-'")
         self.client = connect_async(self.url)
         self.reader = connect_async(self.url, timeout_s=_READER_TIMEOUT_S)

@@ -1,9 +1,10 @@
 """Numpy array fields of the models.
 
-Invariant: an array in a model is one-dimensional and of the dtype its type names; nothing is cast in silence
-except lists, which a user may write by hand.
+Invariant: an array in a model is one-dimensional and of the dtype its type names; nothing is cast in silence.
+A list, which a user may write by hand, is accepted where every value of it fits.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -12,11 +13,24 @@ from pydantic import BeforeValidator
 
 
 def _coerce(value: Any, dtype: type[np.generic]) -> Any:
-    if isinstance(value, np.ndarray):
-        if value.dtype == dtype and value.ndim == 1:
-            return value
-        raise ValueError(f"expected a one-dimensional {dtype.__name__} array, got {value.dtype} of shape {value.shape}")
-    return np.asarray(value, dtype=dtype)
+    if isinstance(value, list | tuple):
+        return _from_list(value, dtype)
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"expected a one-dimensional {dtype.__name__} array, got {type(value).__name__}")
+    if value.dtype == dtype and value.ndim == 1:
+        return value
+    raise ValueError(f"expected a one-dimensional {dtype.__name__} array, got {value.dtype} of shape {value.shape}")
+
+
+def _from_list(values: Sequence[Any], dtype: type[np.generic]) -> NDArray[Any]:
+    array = np.asarray(values) if values else np.empty(0, dtype)
+    if array.ndim != 1 or not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise ValueError(f"expected a list of {dtype.__name__}, got {array.dtype} of shape {array.shape}")
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if issubclass(dtype, np.integer) and not np.array_equal(cast, array):
+        raise ValueError(f"expected a list of {dtype.__name__}, these lie in {array.min()}..{array.max()}")
+    return cast
 
 
 #: Token ids, shape [T].

@@ -20,7 +20,7 @@ class Keys:
     pool: str
 
     def __post_init__(self) -> None:
-        if not re.match(NAME_PATTERN, self.pool):
+        if not re.fullmatch(NAME_PATTERN, self.pool):
             raise SettingsError(f"pool {self.pool!r}: a pool's name is letters, digits, '.', '_' and '-'")
 
     def _key(self, *parts: str) -> str:

@@ -1,8 +1,8 @@
 """The msgpack codec: how models become the `body` of an entry, and back.
 
 Invariant: what is decoded equals what was encoded, arrays included; arrays travel as little-endian bytes and come
-back as read-only numpy views of the received buffer, without a copy. A body starts with its schema number: an
-unknown major is refused, unknown fields of a newer minor are ignored. Nothing here can run code.
+back as read-only numpy views of the bytes msgpack hands over, which nothing here copies. A body starts with
+its schema number: an unknown major is refused, unknown fields of a newer minor are ignored. Nothing here can run code.
 """
 
 import struct
@@ -77,7 +77,7 @@ def _unpack_model(body: bytes, model: type[Model]) -> Model:
     if not isinstance(fields, dict) or "schema" not in fields:
         raise SchemaMismatch(f"a {model.__name__} body has no schema number; was it written by rollpool?")
     schema = fields.pop("schema")
-    if schema != SCHEMA:
+    if type(schema) is not int or schema != SCHEMA:
         raise SchemaMismatch(
             f"a {model.__name__} body has schema {schema}, this rollpool reads {SCHEMA}: "
             "run the same version on both sides"

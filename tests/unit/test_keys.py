@@ -66,7 +66,6 @@ def test_a_pool_name_that_could_leave_its_place_is_refused(pool: str) -> None:
         Keys(pool)
 
 
-@pytest.mark.xfail(strict=True, reason="`$` of a pattern matches before a last newline too")
 def test_a_pool_name_that_ends_in_a_newline_is_refused() -> None:
     with pytest.raises(SettingsError, match="pool"):
         Keys("pool\n")

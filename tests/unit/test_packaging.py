@@ -28,7 +28,9 @@ def setuptools() -> dict[str, Any]:
 
 
 def files_of(folder: str) -> Iterator[Path]:
-    return (path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    """What is there, but for what Python and the tools leave behind."""
+    found = ((path, path.relative_to(ROOT).parts) for path in (ROOT / folder).rglob("*") if path.is_file())
+    return (path for path, parts in found if not any(part.startswith((".", "__pycache__")) for part in parts))
 
 
 def package_of(folder: Path) -> str:
