@@ -134,7 +134,12 @@ def results_settled_twice(client: Redis, batches: list[Batch]) -> int:
 
 
 def show_workers(client: Redis, console: Console) -> None:
-    """What each host did."""
+    """What each host did, and how long after the publication it served policy 2."""
+    acks: Any = client.xrange(Keys(POOL).acks)
+    for _, ack in acks:
+        if ack[b"version"] == b"2" and ack[b"state"] == b"applied":
+            seconds = float(ack[b"seconds"])
+            console.print(f"{ack[b'worker'].decode()} served policy 2 {seconds:.1f} s after it was published")
     for worker in read_workers(client, Keys(POOL)):
         console.print(
             f"{worker.name}: policy {worker.policy}, {worker.jobs_settled} jobs, {worker.samples_made} samples, "

@@ -76,18 +76,18 @@ def _runs(status: PoolStatus) -> Table:
 
 def _workers(workers: list[WorkerStatus]) -> Table:
     table = _table(
-        "workers", "worker", "state", "policy", "engine", "in engine", "jobs", "settled", "tokens", "restarts"
+        "workers", "worker", "state", "policy", "in engine", "jobs", "settled", "tokens", "restarts", "engine"
     )
     for worker in workers:
         table.add_row(
             worker.name,
             f"{worker.state}: {worker.error:.60}" if worker.error else worker.state,
             "" if worker.policy is None else str(worker.policy),
-            worker.engine,
             f"{worker.samples_in_flight}/{worker.target} (runs {worker.max_running_requests})",
             str(worker.jobs_in_flight),
             f"{worker.jobs_settled:,}",
             f"{worker.tokens_made:,}",
             str(worker.engine_restarts),
+            worker.engine,
         )
     return table

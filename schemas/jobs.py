@@ -36,14 +36,19 @@ class SamplingParams(BaseModel):
     min_new_tokens: int = Field(default=0, ge=0)
     #: 0 is greedy.
     temperature: float = Field(default=1.0, ge=0.0)
+    #: Sample from the most likely tokens that together reach this probability; 1 keeps all.
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    #: -1 keeps the whole vocabulary.
+    #: Sample from so many of the most likely tokens; -1 keeps the whole vocabulary.
     top_k: int = Field(default=-1, ge=-1)
+    #: Drop tokens less likely than this share of the likeliest one; refused by engines that ignore it.
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    #: Subtracted from a token's logit for each time it was generated, and once if it was at all.
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    #: A sample ends after any of these texts, or of these ids; they stay in it.
     stop: tuple[str, ...] = Field(default=(), strict=False)
     stop_token_ids: tuple[int, ...] = Field(default=(), strict=False)
+    #: Go on to `max_new_tokens` whatever is generated.
     ignore_eos: bool = False
 
     @model_validator(mode="after")

@@ -92,7 +92,8 @@ def first_error(error: ValidationError) -> str:
     """The first thing pydantic found, on one line: `field: what`."""
     found = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(str(part) for part in found["loc"])
-    return f"{where}: {found['msg']}" if where else found["msg"]
+    what = found["msg"].removeprefix("Value error, ").removeprefix(f"{where}: ")
+    return f"{where}: {what}" if where else what
 
 
 def unpack_job(body: bytes) -> PromptJob:

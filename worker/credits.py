@@ -28,7 +28,7 @@ def jobs_wanted(room: int, mean_n: float, unsettled: int, unsettled_limit: int) 
     """
     if room <= 0 or unsettled >= unsettled_limit:
         return 0
-    return min(math.ceil(room / mean_n), unsettled_limit - unsettled)
+    return min(max(1, math.ceil(room / mean_n)), unsettled_limit - unsettled)
 
 
 class MeanN:
@@ -38,8 +38,10 @@ class MeanN:
     WEIGHT = 0.2
 
     def __init__(self) -> None:
-        self.value = 1.0
+        #: Infinite until a job was seen, so that the first pull asks for one: to guess low would take a room full of
+        #: large groups from hosts that are idle.
+        self.value = math.inf
 
     def add(self, n: int) -> None:
         """Count one pulled job."""
-        self.value += self.WEIGHT * (n - self.value)
+        self.value = n if math.isinf(self.value) else self.value + self.WEIGHT * (n - self.value)

@@ -94,6 +94,8 @@ class Generator:
     def submit(self, jobs: Iterable[HeldJob]) -> None:
         """Take jobs over; their samples start as credits allow, in order."""
         for held in jobs:
+            if held.left:  # its lease was lost on the way here
+                continue
             self._jobs.add(held)
             self._waiting.extend((held, index) for index in range(held.job.n) if index not in held.samples)
         self._fill()
@@ -112,8 +114,8 @@ class Generator:
         return leaving
 
     async def drain(self) -> None:
-        """Wait until every job has left."""
-        while self._jobs:
+        """Wait until every job has left, or no call is left that could make one leave."""
+        while self._jobs and self._tasks:
             await asyncio.wait(self._tasks)
 
     def _fill(self) -> None:
@@ -127,8 +129,10 @@ class Generator:
         self._on_change()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        del self._tasks[task]
-        if not task.cancelled() and (bug := task.exception()) is not None:
+        held = self._tasks.pop(task)
+        if task.cancelled():
+            self._exit(held, self._outlet.lost, "the engine's client cancelled its call")
+        elif (bug := task.exception()) is not None:
             self._outlet.broken(bug)
         self._fill()
 

@@ -67,3 +67,8 @@ async def anyone_serves(client: Redis, keys: Keys, version: int) -> bool:
         if await client.hget(key, "policy") == str(version).encode():
             return True
     return False
+
+
+async def works(client: Redis, keys: Keys, name: str) -> bool:
+    """True when this worker is listed and serves, whatever policy."""
+    return await client.hget(keys.worker(name), "state") in (b"serving", b"suspended")

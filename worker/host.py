@@ -34,10 +34,10 @@ from rollpool.worker.clock import ServerClock
 from rollpool.worker.credits import concurrency_target
 from rollpool.worker.engines.protocol import Engine, EngineOwner
 from rollpool.worker.generator import Generator
-from rollpool.worker.heartbeat import Heartbeat, anyone_serves
+from rollpool.worker.heartbeat import Heartbeat, anyone_serves, works
 from rollpool.worker.held import HeldJob
-from rollpool.worker.leases import Incarnation, LeaseKeeper
-from rollpool.worker.policy import ChangeTurn, PolicyFollower, Target, acknowledge
+from rollpool.worker.leases import RENEWALS_PER_LEASE, Incarnation, LeaseKeeper
+from rollpool.worker.policy import ChangeTurn, PolicyFollower, Target, acknowledge, failures_of
 from rollpool.worker.puller import Budgets, Puller
 from rollpool.worker.saturation import Saturation
 from rollpool.worker.settings import WorkerSettings
@@ -97,7 +97,8 @@ class Host:
         self._me = Incarnation.current(name)
         self._clients: list[Redis] = []
         self._client = self._connect()
-        self._lease_client = connect(url)
+        # A renewal that hangs must fail, and be tried again, well within its lease.
+        self._lease_client = connect(url, timeout_s=max(1.0, settings.lease_s / RENEWALS_PER_LEASE), retries=1)
         self._server_clock = ServerClock()
         self._saturation = Saturation(time.monotonic)
         self._held: dict[tuple[str, str], HeldJob] = {}
@@ -109,9 +110,11 @@ class Host:
         self._session: Session | None = None
         self._turn = ChangeTurn(self._client, self._keys, name)
         self._failures = 0
+        self._deaths = 0
         self._refused: set[str] = set()
         self._last_good: Target | None = None
         self._received: dict[str, float] = {}
+        self._answers: dict[str, AckState] = {}
         self._samples_before = self._tokens_before = 0
         self._settled = self._failed = self._restarts = 0
         self._follower = PolicyFollower(self._connect(), self._keys, self._heard)
@@ -198,11 +201,10 @@ class Host:
             lease_s=self._settings.lease_s,
             on_lost=tell_lost,
         )
-        background = [
-            asyncio.create_task(part) for part in (self._settler.run(), self._heartbeat.run(), self._follower.run())
-        ]
+        background = [asyncio.create_task(part) for part in (self._settler.run(), self._heartbeat.run())]
         try:
             await self._follower.catch_up()
+            background.append(asyncio.create_task(self._follower.run()))
             await self._take_over()
             self._leases.start()
             await self._until_stopped(background)
@@ -212,10 +214,10 @@ class Host:
     async def _until_stopped(self, background: Sequence[asyncio.Task[None]]) -> None:
         """Serve; a background part that ends is a bug and ends the host with its error."""
         serving = asyncio.create_task(self._serve_policies())
-        done, _ = await asyncio.wait([serving, *background], return_when=asyncio.FIRST_COMPLETED)
-        if serving not in done:
-            serving.cancel()
-            await asyncio.wait([serving])
+        try:
+            done, _ = await asyncio.wait([serving, *background], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _cancelled([serving])
         for task in done:
             task.result()
         if self._bug is not None:
@@ -228,8 +230,7 @@ class Host:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._settler.flushed(), FAREWELL_S)
         finally:
-            for task in background:
-                task.cancel()
+            await _cancelled(background)
             if self._leases:
                 await asyncio.to_thread(self._leases.stop)
             await self._owner.close()
@@ -258,13 +259,20 @@ class Host:
             self._saturation.pause()
             self._samples_before += session.generator.samples_made
             self._tokens_before += session.generator.tokens_made
-            await self._owner.close()
-            if ending is Ending.CHANGE:
-                async with self._turn.kept():
-                    session = await self._start()
-            else:
-                self._restarts += ending is Ending.DEAD
+            try:
+                await self._owner.close()
+                if ending is Ending.DEAD:
+                    await self._after_death(session)
                 session = await self._start()
+            finally:  # however serving ended: the turn may have come at the same moment
+                await self._turn.release()
+
+    async def _after_death(self, session: Session) -> None:
+        """Restart an engine that worked at once; one that dies before it makes a sample, after a pause that grows."""
+        self._restarts += 1
+        self._deaths = 0 if session.generator.samples_made else self._deaths + 1
+        if self._deaths:
+            await self._first(self._stop.wait(), timeout=_backoff(self._deaths))
 
     async def _start(self) -> Session | None:
         """Start an engine on the wanted policy, or on the last good one; None once told to stop."""
@@ -273,12 +281,16 @@ class Host:
             if wanted is None:
                 self._error = "no policy was published, and engine.model_path is not set"
                 log.info("waiting for a policy: %s", self._error)
-                await self._first(self._follower.changed(), self._stop.wait())
+                await self._first(self._follower.changed(self._follower.target), self._stop.wait())
                 continue
             try:
                 return await self._unless_stopped(self._open(wanted))
             except EngineUnavailable as error:
                 await self._could_not_start(wanted, error)
+            except RedisError as error:  # nothing is wrong with the policy
+                log.warning("policy %d: %s; trying again", wanted.policy.version, error)
+                await self._owner.close()
+                await self._first(self._stop.wait(), timeout=BACKOFF_S)
         return None
 
     def _wanted(self) -> Target | None:
@@ -287,24 +299,24 @@ class Host:
             return target
         if self._last_good is not None:
             return self._last_good
-        if self._settings.engine.model_path is None:
-            return None
-        initial = Policy(
-            version=self._settings.initial_version, checkpoint=self._settings.engine.model_path, run="initial"
-        )
-        return Target(initial, command="")
+        checkpoint = self._settings.engine.model_path
+        if checkpoint is None:
+            if self._owner.controls_weights:
+                return None
+            checkpoint = self._owner.url  # it says what it serves once it is attached
+        return Target(Policy(version=self._settings.initial_version, checkpoint=checkpoint, run="initial"), command="")
 
     async def _open(self, wanted: Target) -> Session:
-        self._state = "changing" if self._last_good else "starting"
+        self._state = "changing" if self._last_good and self._last_good != wanted else "starting"
         engine = await self._owner.open(wanted.policy.checkpoint)
         policy = wanted.policy if self._owner.controls_weights else await self._policy_of(engine)
-        encoder = await asyncio.to_thread(PromptEncoder, engine.facts.model_path)
+        encoder = await asyncio.to_thread(_encoder_of, engine.facts.model_path)
         session = self._session_of(engine, policy, encoder)
         self._last_good, self._session, self._state = wanted, session, "serving"
         self._failures, self._error = 0, ""
         if policy.version == wanted.policy.version:
             await self._answer(wanted, "applied")
-        await self._heartbeat.beat()
+        await self._show()
         log.info(
             "serving policy %d with %s %s: %d requests at once, target %d samples",
             policy.version,
@@ -333,20 +345,23 @@ class Host:
         self._failures += 1
         self._error = str(error)
         await self._owner.close()
-        rolled_back = self._last_good is not None and wanted != self._last_good
         log.error("policy %d: the engine does not start: %s", wanted.policy.version, error)
-        if wanted.command and wanted.command not in self._refused and not self._is_serving_again(wanted):
+        # An attached engine is not ours to start, and a restart on the policy that served before answers no command.
+        if self._owner.controls_weights and wanted != self._last_good:
             await self._answer(wanted, "failed", str(error))
-        if rolled_back:
-            self._refused.add(wanted.command)
-            return  # at once: the policy before served well
+            if self._last_good is not None:
+                self._refused.add(wanted.command)
+                return  # at once: the policy before served well
         self._state = "broken"
-        pause = min(BACKOFF_S * 2 ** (self._failures - 1), BACKOFF_MOST_S)
-        await self._first(self._follower.changed(), self._stop.wait(), timeout=pause)
+        await self._show()
+        await self._turn.release()  # it may be broken for long, and the others can change meanwhile
+        pause = _backoff(self._failures)
+        await self._first(self._follower.changed(self._follower.target), self._stop.wait(), timeout=pause)
 
-    def _is_serving_again(self, wanted: Target) -> bool:
-        """A restart on the policy that served before is no answer to a command."""
-        return wanted == self._last_good
+    async def _show(self) -> None:
+        """Beat now: others decide by this state. Where that fails, the next beat is soon."""
+        with suppress(RedisError):
+            await self._heartbeat.beat()
 
     def _target(self, engine: Engine) -> int:
         return concurrency_target(engine.facts.max_running_requests, self._settings.oversubscription)
@@ -370,6 +385,7 @@ class Host:
             know_streams=self._know_streams,
             anyone_serves=lambda version: anyone_serves(self._client, self._keys, version),
             paused=lambda: self.paused(),
+            on_backlog=self._observe,
         )
         return Session(engine, policy, generator, puller)
 
@@ -384,7 +400,7 @@ class Host:
             await asyncio.wait([pulling, dead, turn, stop], return_when=asyncio.FIRST_COMPLETED)
             session.puller.stop()
             if dead.done():
-                self._error = dead.result()
+                self._state, self._error = "starting", dead.result()
                 log.error("the engine died: %s", self._error)
                 self._return_all(session, lost=True)
                 ending = Ending.DEAD
@@ -394,20 +410,47 @@ class Host:
                 await self._wind_down(session, dead)
             await pulling  # its error, if it ended by one, is a bug that ends the host
             self._return_all(session, lost=False)  # what its last pull brought
+            if ending is Ending.CHANGE:
+                turn.result()  # as above
             return ending
         finally:
-            for task in (pulling, dead, turn, stop):
-                task.cancel()
+            await _cancelled([pulling, dead, turn, stop])
 
     async def _turn_to_change(self, session: Session) -> None:
         """Return once another policy is wanted and it is this host's turn; serving goes on meanwhile."""
-        while not self._owner.controls_weights or self._wanted_version() == session.policy.version:
-            await self._follower.changed()
-        await self._turn.take()
+        while True:
+            target = self._follower.target
+            if target is None or not self._is_change(target, session):
+                await self._follower.changed(target)
+            elif not self._owner.controls_weights:
+                return  # the engine serves it already: nobody has to wait
+            else:
+                await self._turn.take()
+                # Waiting takes as long as the changes of the others: by now it may be another, or have failed there.
+                if self._follower.target == target and not await self._failed_elsewhere(target):
+                    return
+                await self._turn.release()
 
-    def _wanted_version(self) -> int | None:
-        wanted = self._wanted()
-        return wanted.policy.version if wanted else None
+    def _is_change(self, target: Target, session: Session) -> bool:
+        """True when the engine has to change for `target`, or, attached, is known to serve it by now."""
+        if target.command in self._refused or target.policy.version == session.policy.version:
+            return False
+        return self._owner.controls_weights or target.policy.checkpoint == session.engine.facts.model_path
+
+    async def _failed_elsewhere(self, target: Target) -> bool:
+        """True, and the policy is refused here too, when it failed on another host: that ends its roll-out."""
+        try:
+            for worker, error in await failures_of(self._client, self._keys, target.command):
+                if not await works(self._client, self._keys, worker):
+                    continue  # it failed on any policy: that says nothing of this one
+                self._refused.add(target.command)
+                self._error = f"policy {target.policy.version} is not tried here, since it failed on {worker}: {error}"
+                log.error("%s", self._error)
+                await self._answer(target, "failed", self._error)
+                return True
+        except RedisError as error:
+            log.warning("looking for hosts on which policy %d failed: %s", target.policy.version, error)
+        return False
 
     async def _wind_down(self, session: Session, dead: asyncio.Task[str]) -> None:
         """Let what was started finish, for a while; the rest goes to other hosts now."""
@@ -430,19 +473,18 @@ class Host:
         """Starting an engine takes minutes; a stop does not wait for it."""
         task = asyncio.create_task(opening)
         stop = asyncio.create_task(self._stop.wait())
-        await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait([task])
-            return None
-        return task.result()
+        try:
+            await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _cancelled([task, stop])
+        return None if task.cancelled() else task.result()
 
     async def _first(self, *waits: Coroutine[Any, Any, Any], timeout: float | None = None) -> None:
         tasks = [asyncio.create_task(wait) for wait in waits]
-        await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
+        try:
+            await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _cancelled(tasks)
 
     # What the parts tell.
 
@@ -498,6 +540,11 @@ class Host:
         if (session := self._session) is None:
             return
         session.puller.nudge()
+        self._observe()
+
+    def _observe(self) -> None:
+        if (session := self._session) is None:
+            return
         self._saturation.observe(
             in_flight=session.generator.in_flight,
             full=session.engine.facts.max_running_requests,
@@ -509,8 +556,9 @@ class Host:
         await self._answer(target, "received")
 
     async def _answer(self, target: Target, state: AckState, error: str | None = None) -> None:
-        if not target.command:
-            return  # the settings' own model: nobody asked
+        if not target.command or self._answers.get(target.command) == state:
+            return  # the settings' own model, which nobody asked for; or said before
+        self._answers[target.command] = state
         seconds = time.monotonic() - self._received.get(target.command, time.monotonic())
         await acknowledge(
             self._client,
@@ -529,3 +577,26 @@ class Host:
         client = connect_async(self._url)
         self._clients.append(client)
         return client
+
+
+def _backoff(failures: int) -> float:
+    """Seconds to wait after so many failures in a row."""
+    return float(min(BACKOFF_S * 2 ** min(failures - 1, 16), BACKOFF_MOST_S))
+
+
+def _encoder_of(model_path: str) -> PromptEncoder:
+    try:
+        return PromptEncoder(model_path)
+    except Exception as error:  # whatever is wrong with its files, the policy cannot be served
+        raise EngineUnavailable(
+            f"the tokenizer of {model_path} does not load ({type(error).__name__}: {error}); publish a checkpoint "
+            "whose tokenizer.json, tokenizer_config.json, chat_template.jinja and config.json are whole"
+        ) from error
+
+
+async def _cancelled(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel tasks, and return when they have ended; those that ended before keep their results."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)

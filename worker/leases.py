@@ -6,6 +6,8 @@ known to have ended. All on a thread and connection of their own, which a busy e
 """
 
 import logging
+import math
+import re
 import socket
 import threading
 import time
@@ -15,15 +17,22 @@ from dataclasses import dataclass
 
 import psutil
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from rollpool.schemas.keys import GROUP
 from rollpool.schemas.scripts import Entry, reclaim, renew
+from rollpool.schemas.scripts.leases import RECLAIM_AT_MOST
 
 log = logging.getLogger(__name__)
 
 #: Renewals a lease: three may be late or lost before a live host loses a job.
 RENEWALS_PER_LEASE = 4
+
+#: Seconds by which the start of one process, told by two others, may differ: it is counted from the machine's own
+#: start, which Linux tells to the second.
+START_JITTER_S = 2
+
+_CONSUMER = re.compile(r"(?P<worker>.+):(?P<host>[^:]*)@(?P<pid>\d{1,9})-(?P<started>\d{1,12})", re.ASCII | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -45,12 +54,10 @@ class Incarnation:
     @classmethod
     def parse(cls, consumer: str) -> "Incarnation | None":
         """Read a consumer's name; None when it is not one of ours."""
-        worker, _, rest = consumer.rpartition(":")
-        host, _, numbers = rest.rpartition("@")
-        pid, _, started = numbers.partition("-")
-        if not worker or not pid.isdigit() or not started.isdigit():
+        found = _CONSUMER.fullmatch(consumer)
+        if found is None:
             return None
-        return cls(worker, host, int(pid), int(started))
+        return cls(found["worker"], found["host"], int(found["pid"]), int(found["started"]))
 
     @property
     def consumer(self) -> str:
@@ -61,12 +68,20 @@ class Incarnation:
         """True only when it ran on this host and its process is provably gone."""
         if self.host != socket.gethostname():
             return False
-        try:
-            return int(psutil.Process(self.pid).create_time()) != self.started
-        except psutil.NoSuchProcess:
-            return True
-        except psutil.Error:
-            return False
+        return process_ended(self.pid, alive_at=self.started)
+
+
+def process_ended(pid: int, *, alive_at: float) -> bool:
+    """True only when the process of this machine that had this id at that time, in seconds since the epoch, is gone."""
+    try:
+        process = psutil.Process(pid)
+        if process.create_time() > alive_at + START_JITTER_S:
+            return True  # another one, with its id
+        return process.status() == psutil.STATUS_ZOMBIE  # killed, and its parent has not looked
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
 
 
 class LeaseKeeper(threading.Thread):
@@ -100,7 +115,8 @@ class LeaseKeeper(threading.Thread):
         self._streams: list[str] = []
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._reachable_since: float | None = None
+        self._reachable_since = -math.inf
+        self._heard_at: float | None = None
 
     def hold(self, entries: Iterable[Entry]) -> None:
         """Keep these from now on."""
@@ -123,16 +139,19 @@ class LeaseKeeper(threading.Thread):
             try:
                 self.turn()
             except RedisError as error:
-                if self._reachable_since is not None:
+                if self._heard_at is not None:
                     log.warning("leases: the server is out of reach (%s); trying again", error)
-                self._reachable_since = None
+                self._heard_at = None
 
     def turn(self) -> None:
         """One round: renew first, so that a host that was frozen does not take its own jobs for lost."""
         self._renew()
-        if self._reachable_since is None:
-            self._reachable_since = self._clock()
-        if self._clock() - self._reachable_since >= self._lease_s:
+        now = self._clock()
+        # Late: this host was frozen, or its client got through at last after trying for a while on its own.
+        if self._heard_at is None or now - self._heard_at > self._lease_s / 2:
+            self._reachable_since = now
+        self._heard_at = now
+        if now - self._reachable_since >= self._lease_s:
             self._reclaim()
 
     def stop(self) -> None:
@@ -144,7 +163,7 @@ class LeaseKeeper(threading.Thread):
     def take_over(self) -> int:
         """Return at once what ended predecessors of this name and host held; returns how many jobs."""
         return sum(
-            reclaim(self._client, stream, idle_ms=0, caller=self._me.consumer, prefix=consumer)
+            self._return_all(stream, idle_ms=0, prefix=consumer)
             for stream in self._known_streams()
             for consumer in self._consumers(stream)
             if self._is_ended_predecessor(consumer)
@@ -155,9 +174,10 @@ class LeaseKeeper(threading.Thread):
             return list(self._streams)
 
     def _consumers(self, stream: str) -> list[str]:
-        if not self._client.exists(stream):
+        try:
+            return [row["name"].decode(errors="replace") for row in self._client.xinfo_consumers(stream, GROUP)]
+        except ResponseError:  # no such stream, or no group: nobody holds anything
             return []
-        return [row["name"].decode() for row in self._client.xinfo_consumers(stream, GROUP)]
 
     def _is_ended_predecessor(self, consumer: str) -> bool:
         before = Incarnation.parse(consumer)
@@ -182,6 +202,14 @@ class LeaseKeeper(threading.Thread):
 
     def _reclaim(self) -> None:
         for stream in self._known_streams():
-            count = reclaim(self._client, stream, idle_ms=int(1000 * self._lease_s), caller=self._me.consumer)
+            count = self._return_all(stream, idle_ms=int(1000 * self._lease_s))
             if count:
                 log.warning("leases: returned %d jobs of lost workers to %s", count, stream)
+
+    def _return_all(self, stream: str, *, idle_ms: int, prefix: str = "") -> int:
+        total = 0
+        while True:
+            count = reclaim(self._client, stream, idle_ms=idle_ms, caller=self._me.consumer, prefix=prefix)
+            total += count
+            if count < RECLAIM_AT_MOST:
+                return total

@@ -6,6 +6,7 @@ to the settler with an outcome or a place to wait. Credits never wait for a job 
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class Puller:
         know_streams: Callable[[Sequence[str]], None],
         anyone_serves: Callable[[int], Awaitable[bool]],
         paused: Callable[[], bool],
+        on_backlog: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
@@ -82,17 +84,20 @@ class Puller:
         self._know_streams = know_streams
         self._anyone_serves = anyone_serves
         self._paused = paused
+        self._on_backlog = on_backlog
         self._clock = clock
-        self._worker = consumer.partition(":")[0]
+        self._worker = consumer.rpartition(":")[0]
         self._mean_n = MeanN()
         self._runs: list[str] = []
+        self._runs_at = -math.inf
         self._turn = 0
         self._stopping = False
         self._changed = asyncio.Event()
         #: True while jobs wait that this host could run, as far as the last pull showed.
         self.backlog = False
-        #: Monotonic seconds since which the pool had nothing for this host; None while it has.
-        self.idle_since: float | None = clock()
+        #: Monotonic seconds since which the pool had nothing for this host; None while it has, while it may not be
+        #: asked, and before it was.
+        self.idle_since: float | None = None
 
     def nudge(self) -> None:
         """Credits or settlements changed."""
@@ -109,7 +114,7 @@ class Puller:
             try:
                 await self._turn_once()
             except RedisError as error:
-                self.backlog = False
+                self._show_backlog(False)
                 log.warning("pulling: %s; trying again", error)
                 await asyncio.sleep(LOOK_AGAIN_S)
 
@@ -117,8 +122,11 @@ class Puller:
         self._changed.clear()
         wanted = jobs_wanted(self._generator.room, self._mean_n.value, self._settler.unconfirmed, UNSETTLED_LIMIT)
         if wanted == 0 or self._paused():
+            self.idle_since = None
             await self._wait_for_change()
             return
+        if not self._runs or self._clock() - self._runs_at >= BLOCK_MS / 1000:
+            await self._find_runs()  # also while there is work: another run must not wait for the end of this one
         streams = self._reading_order()
         entries = await pull(
             self._client,
@@ -128,7 +136,7 @@ class Puller:
             wanted=wanted,
             version=self._version,
         )
-        self.backlog = len(entries) == wanted
+        self._show_backlog(len(entries) == wanted)
         if not entries:
             if self.idle_since is None and not self._generator.jobs and not self._settler.unconfirmed:
                 self.idle_since = self._clock()
@@ -136,6 +144,11 @@ class Puller:
         if entries:
             self.idle_since = None
             await self._take(entries)
+
+    def _show_backlog(self, backlog: bool) -> None:
+        if backlog != self.backlog:
+            self.backlog = backlog
+            self._on_backlog()
 
     async def _wait_for_change(self) -> None:
         try:
@@ -152,7 +165,6 @@ class Puller:
 
     async def _wait_for_jobs(self, streams: list[str]) -> list[Entry]:
         """Block until there is one; on one entry a stream, since the next pull takes the rest in order."""
-        await self._find_runs()
         if not streams:
             await asyncio.sleep(LOOK_AGAIN_S)
             return []
@@ -168,6 +180,7 @@ class Puller:
 
     async def _find_runs(self) -> None:
         self._runs = await runs_of(self._client, self._keys)
+        self._runs_at = self._clock()
         self._know_streams([stream for run in self._runs for stream in self._keys.lanes(run)])
 
     async def _take(self, entries: Sequence[Entry]) -> None:
@@ -204,12 +217,19 @@ class Puller:
                 self._settler.settle(held, self._dropped(held, "expired", "its deadline was over when it was pulled"))
             case Fail(error=error):
                 self._settler.settle(held, self._dropped(held, "failed", error), dead=error)
-            case Passed(job=job) if await self._anyone_serves(job.policy_version):
+            case Passed(job=job) if await self._may_be_served(job.policy_version):
                 # For one of those; a second's delay keeps it from coming straight back here.
                 self._settler.give_back(held, delayed_until_ms=self._server_clock.now_ms() + BLOCK_MS)
             case Passed(job=job):
                 reason = f"exact job for policy {job.policy_version}: no host serves it, this one is on {self._version}"
                 self._settler.settle(held, self._dropped(held, "stale", reason))
+
+    async def _may_be_served(self, version: int) -> bool:
+        try:
+            return await self._anyone_serves(version)
+        except RedisError as error:  # not known, and what was pulled with it must not wait for the answer
+            log.warning("looking for hosts on policy %d: %s", version, error)
+            return True
 
     def _dropped(self, held: HeldJob, outcome: str, error: str) -> Group:
         return held.group(outcome, worker=self._worker, now=self._clock(), error=error)  # type: ignore[arg-type]
@@ -221,7 +241,8 @@ class Puller:
         group = Group.model_construct(
             run=entry.fields.get(b"run", b"").decode(errors="replace"),
             batch=batch,
-            index=int(index) if index.isascii() and index.isdigit() else -1,
+            # Nine digits: Python refuses to read numbers of thousands, which anyone could add by hand.
+            index=int(index) if index.isascii() and index.isdigit() and len(index) < 10 else -1,
             outcome="failed",
             policy_version=0,
             prompt_ids=NO_IDS,
@@ -235,6 +256,10 @@ class Puller:
         self._settler.settle_entry(entry, group, dead=error)
 
     async def _start(self, running: list[HeldJob]) -> None:
+        if self._stopping:  # what the last read brought is for hosts that go on
+            for held in running:
+                self._settler.give_back(held)
+            return
         if any(needs_thread(held.job) for held in running):
             refusals = await asyncio.to_thread(self._encode, running)
         else:

@@ -11,26 +11,31 @@ import signal
 import socket
 import time
 from typing import Any
+from urllib.parse import quote, urlencode
 
-import psutil
 from redis import Redis
 from redis.exceptions import RedisError
 from rq import SimpleWorker, worker_registration
 from rq.logutils import setup_loghandlers
 from rq.serializers import JSONSerializer
 from rq.suspension import is_suspended
+from rq.utils import utcparse
 from rq.worker import DequeueStrategy, WorkerStatus
 
 from rollpool.schemas import RollpoolError, SettingsError
 from rollpool.worker.engines.owner import owner_for
 from rollpool.worker.host import Host
-from rollpool.worker.settings import load_settings
+from rollpool.worker.leases import process_ended
+from rollpool.worker.settings import PREFIX, load_settings
 
 #: Seconds between looks at what RQ wants: its own worker looks as often.
 TICK_S = 1.0
 
 #: Seconds between heartbeats in RQ's books; its own worker beats as often while it works.
 RQ_HEARTBEAT_S = 15.0
+
+#: What of RQ's own TLS settings a URL can carry on.
+_TLS_OPTIONS = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname")
 
 #: A second signal within this is the same one: a terminal and a process manager both send it (as in RQ).
 SAME_SIGNAL_S = 1.0
@@ -163,11 +168,11 @@ class RolloutWorker(SimpleWorker):
                 setattr(self, attribute, ours)
 
     def _predecessor_ended(self) -> bool:
-        known: Any = self.connection.hmget(self.key, "hostname", "pid")
-        hostname, pid = known
-        if not pid or not hostname or hostname.decode() != socket.gethostname():
+        known: Any = self.connection.hmget(self.key, "hostname", "pid", "birth")
+        hostname, pid, birth = (value.decode() if value else "" for value in known)
+        if hostname != socket.gethostname() or not pid.isdecimal() or not birth:
             return False
-        return not psutil.pid_exists(int(pid)) or int(pid) == self.pid
+        return int(pid) == self.pid or process_ended(int(pid), alive_at=utcparse(birth).timestamp())
 
 
 async def _stop_at_limits(host: Host, burst: bool, max_jobs: int | None, max_idle_time: int | None) -> None:
@@ -186,9 +191,17 @@ async def _stop_at_limits(host: Host, burst: bool, max_jobs: int | None, max_idl
 def _url_of(connection: "Redis") -> str:
     """The URL of RQ's own connection; rollpool opens its own, since RQ forces long timeouts on that one."""
     options = connection.connection_pool.connection_kwargs
-    if path := options.get("path"):
-        return f"unix://{path}?db={options.get('db', 0)}"
-    scheme = "rediss" if "SSL" in connection.connection_pool.connection_class.__name__ else "redis"
-    user, password = options.get("username") or "", options.get("password") or ""
+    user, password = (quote(options.get(name) or "", safe="") for name in ("username", "password"))
     login = f"{user}:{password}@" if user or password else ""
-    return f"{scheme}://{login}{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db', 0)}"
+    db = options.get("db") or 0
+    if path := options.get("path"):
+        return f"unix://{login}{path}?db={db}"
+    host = options.get("host")
+    if not host:
+        raise SettingsError(f"{PREFIX}URL: rq worker was given no server but a Sentinel; name the server here")
+    place = f"[{host}]" if ":" in host else host
+    place = f"{login}{place}:{options.get('port', 6379)}/{db}"
+    if "SSL" not in connection.connection_pool.connection_class.__name__:
+        return f"redis://{place}"
+    tls = {name: value for name in _TLS_OPTIONS if (value := options.get(name)) is not None}
+    return f"rediss://{place}" + (f"?{urlencode(tls)}" if tls else "")

@@ -14,6 +14,7 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+from pydantic_settings import SettingsError as EnvSettingsError
 
 from rollpool.schemas import SettingsError
 from rollpool.worker.engines.settings import EngineSettings
@@ -41,15 +42,16 @@ class WorkerSettings(BaseSettings):
     oversubscription: float = Field(default=1.25, ge=1.0, le=16.0)
     #: A job not renewed for so long is returned. With three reclaim rounds a lease it runs elsewhere within about
     #: 1.3 leases of its host's death; a live host renews four times a lease.
-    lease_s: float = Field(default=10.0, ge=0.5)
-    heartbeat_s: float = Field(default=2.0, gt=0.0)
+    lease_s: float = Field(default=10.0, ge=0.5, le=3600.0)
+    #: Seconds between heartbeats; a worker that misses five is listed no more.
+    heartbeat_s: float = Field(default=2.0, ge=0.05, le=3600.0)
     #: Workers and engines a job may lose before it is dead: NeMo-RL's budget for its infrastructure.
     max_attempts: int = Field(default=5, ge=1)
     #: Faults of its own a job may have before it is dead.
     max_faults: int = Field(default=2, ge=1)
     #: Work in flight may finish for so long before a stop or a policy change gives it back. Preemption of a TPU VM
     #: leaves 30 s in all.
-    drain_s: float = Field(default=20.0, ge=0.0)
+    drain_s: float = Field(default=20.0, ge=0.0, le=86400.0)
     #: Version of `engine.model_path`, served until a policy is published.
     initial_version: int = Field(default=0, ge=0)
     #: Directory of the engine's log.
@@ -80,7 +82,10 @@ def _refuse_unknown(environment: dict[str, str]) -> None:
     """Refuse variables of ours that nothing reads: a misspelt setting is a wrong one."""
     fields = {name.upper() for name in WorkerSettings.model_fields} | _OTHERS
     for name in environment:
-        if name.startswith(PREFIX) and name.removeprefix(PREFIX).partition("__")[0] not in fields:
+        setting, nested, _ = name.upper().removeprefix(PREFIX).partition("__")
+        if not name.upper().startswith(PREFIX):
+            continue
+        if setting not in fields or (nested and setting != "ENGINE"):
             raise SettingsError(f"{name}: there is no such setting; there are {', '.join(sorted(fields))}")
 
 
@@ -99,5 +104,7 @@ def load_settings(**flags: Any) -> WorkerSettings:
             name = ".".join(str(part) for part in found["loc"]) or "settings"
             lines.append(f"{name}: {found['msg']} (got {found['input']!r:.80})")
         raise SettingsError("; ".join(lines)) from error
-    except ValueError as error:  # malformed TOML
+    except EnvSettingsError as error:  # an `engine` that is no JSON
+        raise SettingsError(f"{error}: {error.__cause__}") from error
+    except (OSError, ValueError) as error:  # no readable file, or no TOML
         raise SettingsError(f"{_file()}: {error}") from error

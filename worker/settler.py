@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 
 from rollpool.schemas import Group, Keys
 from rollpool.schemas.scripts import Entry, GiveBack, Settled, Settlement, give_back, settle
+from rollpool.schemas.wire import pack_model
 from rollpool.worker.held import HeldJob
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,10 @@ Reply = TypeVar("Reply")
 #: Jobs in one call of a script: larger ones keep the server busy longer without being faster (a round trip is about
 #: the time of 20 settlements).
 BATCH = 128
+
+#: Tokens in one call, about: some 30 MB. A server drops a client that sends a gigabyte at once, which a host that kept
+#: its outcomes through an outage would otherwise do for ever.
+BATCH_TOKENS = 2_000_000
 
 #: Seconds between tries while the server is out of reach; the client has retried on its own by then.
 RETRY_S = 1.0
@@ -59,6 +64,7 @@ class Settler:
 
     def settle(self, held: HeldJob, group: Group, *, dead: str = "") -> None:
         """Settle a job; `dead` says why it is a dead letter as well."""
+        held.left = True
         self.settle_entry(held.entry, group, dead=dead)
 
     def settle_entry(self, entry: Entry, group: Group, *, dead: str = "") -> None:
@@ -75,6 +81,7 @@ class Settler:
         delayed_until_ms: int | None = None,
     ) -> None:
         """Give a job back; `lost` charges one attempt to the infrastructure, a planned move charges nothing."""
+        held.left = True
         self._returns.append(
             GiveBack(
                 entry=held.entry,
@@ -105,10 +112,10 @@ class Settler:
         self._work.set()
 
     async def _flush(self) -> None:
-        settlements, self._settlements = self._settlements[:BATCH], self._settlements[BATCH:]
+        settlements = self._take_settlements()
         returns, self._returns = self._returns[:BATCH], self._returns[BATCH:]
         if settlements:
-            self._on_settled(await self._until_heard(lambda: settle(self._client, self._keys, settlements)))
+            self._on_settled(await self._settle(settlements))
         if returns:
             await self._until_heard(lambda: give_back(self._client, self._keys, consumer=self._consumer, jobs=returns))
         for entry in [each.entry for each in settlements] + [back.entry for back in returns]:
@@ -119,6 +126,24 @@ class Settler:
         if not self._unconfirmed:
             self._idle.set()
 
+    def _take_settlements(self) -> list[Settlement]:
+        """The next to go together, oldest first; at least one."""
+        count = tokens = 0
+        for settlement in self._settlements[:BATCH]:
+            tokens += settlement.group.tokens
+            if count and tokens > BATCH_TOKENS:
+                break
+            count += 1
+        taken, self._settlements = self._settlements[:count], self._settlements[count:]
+        return taken
+
+    async def _settle(self, settlements: list[Settlement]) -> list[Settled]:
+        try:
+            return await self._until_heard(lambda: settle(self._client, self._keys, settlements))
+        except (TypeError, ValueError, OverflowError):  # one of them cannot be encoded: the others must not wait for it
+            writable = [_writable(settlement) for settlement in settlements]
+            return await self._until_heard(lambda: settle(self._client, self._keys, writable))
+
     async def _until_heard(self, call: Callable[[], Awaitable[Reply]]) -> Reply:
         while True:
             try:
@@ -126,3 +151,15 @@ class Settler:
             except RedisError as error:
                 log.warning("settling: %s; %d outcomes are kept and tried again", error, self._unconfirmed)
                 await asyncio.sleep(RETRY_S)
+
+
+def _writable(settlement: Settlement) -> Settlement:
+    """The same, or what says that its group cannot be encoded (an engine's text with half a surrogate pair)."""
+    try:
+        pack_model(settlement.group)
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = f"its group cannot be encoded: {error}"
+        log.error("job %s fails: %s", settlement.group.id, reason)
+        changes = {"outcome": "failed", "samples": (), "metadata": None, "error": reason}
+        return Settlement(settlement.entry, settlement.group.model_copy(update=changes), dead=reason)
+    return settlement

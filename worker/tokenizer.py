@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -28,10 +30,22 @@ def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
+class _Generation(Extension):
+    """`{% generation %}`, by which templates mark what an assistant said: for training alone, so its body stands."""
+
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """The environment Hugging Face renders chat templates in (transformers, `chat_template_utils`)."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
@@ -43,11 +57,11 @@ def _locate(model: str, name: str) -> Path | None:
     if directory.is_dir():
         return directory / name if (directory / name).is_file() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(model, name))
-    except (EntryNotFoundError, LocalEntryNotFoundError):
+    except (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError):  # HFValidationError: a path or a URL
         return None
 
 
@@ -72,12 +86,11 @@ class PromptEncoder:
         self.vocab_size = int(_json(_locate(model, "config.json")).get("vocab_size", 0))
 
     def _load_template(self) -> Template | None:
+        if path := _locate(self._model, "chat_template.jinja"):  # wins over the config, as in transformers
+            return _environment().from_string(path.read_text(encoding="utf-8"))
         source = self._config.get("chat_template")
         if isinstance(source, list):  # several named templates: Hugging Face's default is the one called so
             source = next((each["template"] for each in source if each.get("name") == "default"), None)
-        if not isinstance(source, str):
-            path = _locate(self._model, "chat_template.jinja")
-            source = path.read_text(encoding="utf-8") if path else None
         return _environment().from_string(source) if source else None
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -87,8 +100,9 @@ class PromptEncoder:
         specials = {name: _token_text(self._config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **specials)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise PromptRefused(f"the chat template of {self._model} refused the messages: {error}") from error
+        except Exception as error:  # a template is a program: it fails as it likes, and messages choose how
+            what = str(error) or type(error).__name__
+            raise PromptRefused(f"the chat template of {self._model} refused the messages: {what}") from error
 
     def encode(self, prompt: str | NDArray[np.int32] | Sequence[Message]) -> NDArray[np.int32]:
         """Ids of one prompt, int32 [P].

@@ -72,6 +72,8 @@ def triage(entry: Entry, *, version: int, now_ms: int, max_attempts: int, max_fa
         job = unpack_job(entry.body)
     except SchemaMismatch as error:
         return Bury(str(error))
+    except RecursionError as error:
+        return Bury(f"the body is nested too deeply: {error}")
     if entry.fields.get(b"job") != job.id.encode() or entry.fields.get(b"run") != job.run.encode():
         return Bury(f"the entry's fields name another job than its body, {job.run} {job.id}")
     if job.deadline_ms is not None and now_ms > job.deadline_ms:

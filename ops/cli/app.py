@@ -1,5 +1,6 @@
 """The commands, each a thin wrapper of a module that does the work."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,9 @@ class _Group(typer.core.TyperGroup):
     """Turns our errors into one line; a traceback is for what we did not foresee."""
 
     def invoke(self, ctx: Any) -> Any:
+        # What a service manager sends ends things in the same order as what a terminal sends.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored when started in a script's background
         try:
             return super().invoke(ctx)
         except RollpoolError as error:
@@ -34,6 +38,7 @@ class _Group(typer.core.TyperGroup):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     help="A Redis-Streams rollout worker pool for reinforcement learning on TPUs with sglang-jax.",
 )

@@ -49,7 +49,7 @@ _SIGNS = (
     _sign(
         r"ici_parallelism|only \d+ devices?|mesh_shape|cannot reshape array|number of devices",
         "engine.tp_size does not match the devices of this host: a v4-8 is 4 chips, which JAX usually shows "
-        "as 4 devices; `rollpool doctor` tells how many there are",
+        "as 4 devices; set engine.tp_size to what `jax.devices()` counts there",
     ),
     _sign(
         r"No module named 'sgl_jax'",

@@ -51,6 +51,7 @@ class EngineSettings(BaseModel):
     model_path: str | None = None
     #: The whole of a v4-8, as its users count it; the preflight says which value the devices allow.
     tp_size: int = Field(default=8, ge=1)
+    #: What JAX runs on: `tpu`, or `cpu` for trials.
     device: str = "tpu"
     #: Loopback: nobody but this host's worker calls the engine.
     host: str = "127.0.0.1"
@@ -61,6 +62,7 @@ class EngineSettings(BaseModel):
     #: With the TPU's attention kernel the requests that run at once are limited to about 131072 pages in
     #: all, so a long context with pages of one token runs only a few.
     page_size: int | None = Field(default=None, ge=1)
+    #: Requests the engine runs at once, at most; None: the engine's own limit.
     max_running_requests: int | None = Field(default=None, ge=1)
     #: Kept over restarts, so that a restart on new weights compiles nothing.
     jit_cache_dir: Path = Path("/tmp/jit_cache")
@@ -68,6 +70,7 @@ class EngineSettings(BaseModel):
     extra_args: tuple[str, ...] = ()
     #: Further environment of the server.
     env: dict[str, str] = Field(default_factory=dict)
+    #: Key the engine asks for; sent with each call.
     api_key: SecretStr | None = None
     #: Compiling for a TPU with a cold cache can take half an hour.
     start_timeout_s: float = Field(default=1800.0, gt=0)

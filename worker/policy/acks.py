@@ -5,6 +5,7 @@ host dies or a newer command comes first.
 """
 
 import logging
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -26,3 +27,13 @@ async def acknowledge(client: Redis, keys: Keys, ack: Ack) -> None:
         await client.xadd(keys.acks, fields, maxlen=KEPT, approximate=True)  # type: ignore[arg-type]
     except RedisError as error:
         log.warning("acknowledging policy %d as %s: %s", ack.version, ack.state, error)
+
+
+async def failures_of(client: Redis, keys: Keys, command: str) -> list[tuple[str, str]]:
+    """On which workers a command failed, each with what it said."""
+    answers: Any = await client.xrange(keys.acks, min=command)  # an answer is younger than its command
+    return [
+        (fields.get(b"worker", b"").decode(errors="replace"), fields.get(b"error", b"").decode(errors="replace"))
+        for _, fields in answers
+        if fields.get(b"command") == command.encode() and fields.get(b"state") == b"failed"
+    ]

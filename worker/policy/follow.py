@@ -59,10 +59,11 @@ class PolicyFollower:
                 log.warning("control: %s; trying again", error)
                 await asyncio.sleep(RETRY_S)
 
-    async def changed(self) -> None:
-        """Wait for the next change of the target."""
-        self._changed.clear()
-        await self._changed.wait()
+    async def changed(self, since: Target | None) -> None:
+        """Wait until the target is another than `since`, on which the caller decided to wait."""
+        while self.target == since:
+            self._changed.clear()
+            await self._changed.wait()
 
     async def _read(self, *, block: int | None) -> bool:
         reply = await self._reader.xread({self._keys.control: self._last_id}, block=block, count=100)

@@ -7,7 +7,6 @@ lease ends.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
 
 from redis.asyncio import Redis
 from redis.asyncio.lock import Lock
@@ -26,37 +25,45 @@ RENEW_EVERY_S = LEASE_S / 4
 
 
 class ChangeTurn:
-    """One host's claim to change its policy."""
+    """One host's claim to change its policy, from `take` to `release`."""
 
     def __init__(self, client: Redis, keys: Keys, worker: str) -> None:
-        self._lock = Lock(client, keys.rollout, timeout=LEASE_S, sleep=TRY_EVERY_S, thread_local=False)
-        self._worker = worker
+        # The token is known beforehand, so that a claim whose answer never came can be given up as well.
+        self._token = worker.encode()
+        self._lock = Lock(client, keys.rollout, timeout=LEASE_S, thread_local=False)
+        self._lock.local.token = self._token
+        self._renewal: asyncio.Task[None] | None = None
 
     async def take(self) -> None:
-        """Wait for the turn."""
-        while True:
-            try:
-                if await self._lock.acquire(blocking=True, blocking_timeout=LEASE_S, token=self._worker):
-                    return
-            except RedisError as error:
-                log.warning("turn to change the policy: %s; trying again", error)
-                await asyncio.sleep(TRY_EVERY_S)
+        """Wait for the turn; from then on it is renewed."""
+        # Before the first try: whoever is cancelled in the middle of one may have the turn.
+        self._renewal = self._renewal or asyncio.create_task(self._renew())
+        while not await self._try():  # noqa: ASYNC110 - another host frees it
+            await asyncio.sleep(TRY_EVERY_S)
 
-    @contextlib.asynccontextmanager
-    async def kept(self) -> AsyncIterator[None]:
-        """Keep a turn that was taken until the change is over, then free it."""
-        renewal = asyncio.create_task(self._renew())
+    async def release(self) -> None:
+        """Free the turn, whether it was got or not; harmless to repeat."""
+        if self._renewal is None:
+            return
+        self._renewal.cancel()
+        self._renewal = None
+        with contextlib.suppress(RedisError):  # never got, or lost; out of reach: the lease ends by itself
+            await self._lock.do_release(self._token)
+
+    async def _try(self) -> bool:
         try:
-            yield
-        finally:
-            renewal.cancel()
-            with contextlib.suppress(LockError, RedisError):  # lost: the lease ends by itself
-                await self._lock.release()
+            # Ours already where the answer to an earlier try was lost, or where this worker was restarted in a change.
+            return await self._lock.do_acquire(self._token) or await self._lock.owned()
+        except RedisError as error:
+            log.warning("turn to change the policy: %s; trying again", error)
+            return False
 
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(RENEW_EVERY_S)
             try:
                 await self._lock.reacquire()
-            except (LockError, RedisError) as error:
+            except LockError:  # not got yet, or lost
+                continue
+            except RedisError as error:
                 log.warning("turn to change the policy: not renewed (%s)", error)

@@ -1,0 +1,125 @@
+"""No entry makes it past triage that this host must not run, and none of any kind makes it fail."""
+
+from typing import Any
+
+import msgpack
+import pytest
+from fakes import entry_of, job
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rollpool.schemas import PromptJob
+from rollpool.schemas.scripts import Entry
+from rollpool.schemas.wire import pack, pack_model
+from rollpool.worker.triage import Bury, Expire, Fail, Park, Passed, Run, Verdict, triage
+
+
+def judged(entry: Entry, *, version: int = 0, now_ms: int = 0) -> Verdict:
+    return triage(entry, version=version, now_ms=now_ms, max_attempts=3, max_faults=2)
+
+
+tags = st.fixed_dictionaries(
+    {
+        "policy_version": st.integers(0, 20),
+        "max_staleness": st.one_of(st.none(), st.integers(0, 20)),
+        "exact": st.booleans(),
+    }
+)
+
+
+@given(tags, st.integers(0, 20))
+def test_no_job_runs_on_a_policy_that_its_tag_forbids(tag: dict[str, Any], version: int) -> None:
+    made = job(**tag)
+    lowest = made.policy_version if made.exact else made.policy_version - (tag["max_staleness"] or 0)
+    anything = tag["max_staleness"] is None and not made.exact
+    allowed = version == made.policy_version if made.exact else anything or version >= lowest
+    verdict = judged(entry_of(made), version=version)
+    assert isinstance(verdict, Run) == allowed
+    match verdict:
+        case Park(version=needed):
+            assert version < needed
+            assert made.may_run_on(needed)
+        case Passed():
+            assert made.exact
+            assert version > made.policy_version
+
+
+@given(st.binary(max_size=200))
+def test_bytes_of_any_kind_are_buried(body: bytes) -> None:
+    assert isinstance(judged(Entry("s", "1-1", {b"body": body, b"job": b"b/0", b"run": b"r"})), Bury)
+
+
+json_like = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(), st.binary()),
+    lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(), inner)),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from([*PromptJob.model_fields, "schema", "foreign"]), json_like)
+def test_a_field_of_any_value_is_judged_and_never_raises(name: str, value: Any) -> None:
+    body = pack({"schema": 1, **job().__dict__, name: value})
+    assert isinstance(judged(Entry("s", "1-1", {b"body": body, b"job": b"b/0", b"run": b"r"})), Verdict)
+
+
+@given(st.integers(0, 200))
+def test_a_truncated_body_is_buried(missing: int) -> None:
+    body = pack_model(job())
+    cut = body[: max(0, len(body) - 1 - missing)]
+    assert isinstance(judged(Entry("s", "1-1", {b"body": cut, b"job": b"b/0", b"run": b"r"})), Bury)
+
+
+def nested(depth: int) -> Any:
+    value: Any = "x"
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("prompt", [[{"role": nested(1000), "content": "x"}], nested(1000)])
+def test_a_body_nested_as_deep_as_msgpack_reads_is_buried(prompt: Any) -> None:
+    fields = {"schema": 1, "run": "r", "batch": "b", "index": 0, "policy_version": 0, "prompt": prompt}
+    body = msgpack.packb(fields)
+    assert isinstance(judged(Entry("s", "1-1", {b"body": body, b"job": b"b/0", b"run": b"r"})), Bury)
+
+
+@pytest.mark.parametrize("fields", [{b"job": b"b/1"}, {b"run": b"other"}, {b"job": b""}])
+def test_an_entry_whose_fields_name_another_job_than_its_body_is_buried(fields: dict[bytes, bytes]) -> None:
+    entry = entry_of(job())
+    assert isinstance(judged(Entry(entry.stream, entry.id, entry.fields | fields)), Bury)
+
+
+def test_a_job_is_expired_only_past_its_deadline() -> None:
+    entry = entry_of(job(deadline_ms=1000))
+    assert isinstance(judged(entry, now_ms=1000), Run)
+    assert isinstance(judged(entry, now_ms=1001), Expire)
+
+
+def test_a_job_past_its_deadline_expires_whatever_its_tag_and_attempts() -> None:
+    entry = entry_of(job(deadline_ms=0, policy_version=9, max_staleness=0), attempts=b"99", faults=b"99")
+    assert isinstance(judged(entry, now_ms=1), Expire)
+
+
+@pytest.mark.parametrize(
+    ("counts", "verdict"),
+    [
+        ({"attempts": b"2"}, Run),
+        ({"attempts": b"3"}, Fail),
+        ({"faults": b"1"}, Run),
+        ({"faults": b"2"}, Fail),
+        ({"attempts": b"2", "faults": b"1"}, Run),
+        ({"attempts": b"-3"}, Run),
+        ({"attempts": b"9" * 5000, "faults": b"x"}, Run),
+    ],
+)
+def test_attempts_and_faults_have_budgets_of_their_own(counts: dict[str, Any], verdict: type[Verdict]) -> None:
+    assert isinstance(judged(entry_of(job(), **counts)), verdict)
+
+
+def test_an_exact_job_waits_for_its_version_and_has_passed_after_it() -> None:
+    entry = entry_of(job(policy_version=5, exact=True))
+    verdict = judged(entry, version=4)
+    assert isinstance(verdict, Park)
+    assert verdict.version == 5
+    assert isinstance(judged(entry, version=5), Run)
+    assert isinstance(judged(entry, version=6), Passed)
