@@ -76,6 +76,8 @@ class NoOpOwner:
     controls_weights = True
     url = ""
 
+    async def check(self, checkpoint: str) -> None: ...
+
     async def open(self, checkpoint: str) -> NoOpEngine:
         return NoOpEngine()
 

@@ -142,6 +142,8 @@ class FakeOwner:
         self.slots = slots
         self.holding = holding
         self.faults = faults or {}
+        #: Checkpoints that `check` sees are not there, with what it says.
+        self.missing: dict[str, str] = {}
         self.opened: list[str] = []
         self.engines: list[FakeEngine] = []
         #: Set to have `open` wait.
@@ -152,6 +154,10 @@ class FakeOwner:
     @property
     def engine(self) -> FakeEngine:
         return self.engines[-1]
+
+    async def check(self, checkpoint: str) -> None:
+        if reason := self.missing.get(checkpoint):
+            raise EngineUnavailable(reason)
 
     async def open(self, checkpoint: str) -> FakeEngine:
         self.opened.append(checkpoint)

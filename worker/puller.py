@@ -256,7 +256,7 @@ class Puller:
         self._settler.settle_entry(entry, group, dead=error)
 
     async def _start(self, running: list[HeldJob]) -> None:
-        if self._stopping:  # what the last read brought is for hosts that go on
+        if self._stopping or self._paused():  # what a read brought that had begun before is for hosts that go on
             for held in running:
                 self._settler.give_back(held)
             return

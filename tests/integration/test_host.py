@@ -21,8 +21,8 @@ from rollpool.producer import AsyncBatch, AsyncRolloutPool
 from rollpool.schemas import GROUP, Command, EngineUnavailable, Group, Keys, Policy, WorkerStatus
 from rollpool.schemas.connection import connect_async
 from rollpool.schemas.wire import pack, pack_model, unpack_group, unpack_job
+from rollpool.worker import holdings, puller
 from rollpool.worker import host as host_module
-from rollpool.worker import puller
 from rollpool.worker.engines.protocol import ChatRequest, RequestRefused, SampleRequest
 from rollpool.worker.host import Host
 from rollpool.worker.policy import follow, turn
@@ -42,7 +42,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turn, "TRY_EVERY_S", 0.02)
     monkeypatch.setattr(host_module, "BACKOFF_S", 0.05)
     monkeypatch.setattr(host_module, "BACKOFF_MOST_S", 0.2)
-    monkeypatch.setattr(host_module, "LOST_DELAY_MS", 50)
+    monkeypatch.setattr(holdings, "LOST_DELAY_MS", 50)
 
 
 class Stage:
@@ -493,6 +493,22 @@ async def test_a_policy_that_does_not_start_is_rolled_back_and_the_old_one_serve
     assert await not_there(stage)
     await stage.pool.publish_policy(2, checkpoint="/policy/2")  # the next one is tried again
     await until(lambda: host.status().policy == 2)
+
+
+async def test_a_policy_whose_checkpoint_is_not_there_costs_the_serving_engine_nothing(stage: Stage) -> None:
+    owner = FakeOwner()
+    owner.missing["/policy/1"] = "there is no model at /policy/1"
+    host = await stage.host(owner)
+    await stage.pool.publish_policy(1, checkpoint="/policy/1")
+
+    async def answered_failed() -> bool:
+        return await stage.acks() == ["w received 1", "w failed 1"]
+
+    await until(answered_failed)
+    assert owner.opened == ["/policy/0"]
+    assert host.status().policy == 0
+    assert "no model at /policy/1" in host.status().error
+    assert await not_there(stage)
 
 
 async def test_a_policy_that_failed_on_one_host_is_not_tried_on_the_others(stage: Stage) -> None:

@@ -12,7 +12,7 @@ from rollpool.schemas import EngineUnavailable
 from rollpool.worker.engines.attached import GuardedEngine
 from rollpool.worker.engines.dialects import Dialect, pick_dialect
 from rollpool.worker.engines.http_engine import HttpEngine
-from rollpool.worker.engines.preflight import HostLock, preflight
+from rollpool.worker.engines.preflight import HostLock, check_model, preflight
 from rollpool.worker.engines.process import EngineProcess
 from rollpool.worker.engines.protocol import Engine, EngineOwner
 from rollpool.worker.engines.settings import EngineSettings
@@ -39,6 +39,10 @@ class LaunchedEngine:
     def url(self) -> str:
         """Where the engine answers."""
         return self._engine.url if self._engine else ""
+
+    async def check(self, checkpoint: str) -> None:
+        """See that there is a model at `checkpoint`: the engine that serves now need not end to find that out."""
+        check_model(checkpoint)
 
     async def open(self, checkpoint: str) -> Engine:
         """Launch an engine on `checkpoint`."""
@@ -76,6 +80,9 @@ class AttachedEngine:
     def url(self) -> str:
         """Where the engine answers."""
         return self._settings.url or ""
+
+    async def check(self, checkpoint: str) -> None:
+        """Nothing: its weights are not ours to choose."""
 
     async def open(self, checkpoint: str) -> Engine:
         """Attach; what it serves is in the facts, `checkpoint` is only what one hopes for."""

@@ -173,6 +173,10 @@ class EngineOwner(Protocol):
         """Where the engine answers; empty while there is none."""
         ...
 
+    async def check(self, checkpoint: str) -> None:
+        """Raise EngineUnavailable where it can be told beforehand that no engine starts on `checkpoint`."""
+        ...
+
     async def open(self, checkpoint: str) -> Engine:
         """Have an engine that really generates. Raises EngineUnavailable."""
         ...

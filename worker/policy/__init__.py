@@ -1,7 +1,7 @@
-"""Following the control log, and taking turns at changing the policy of a host."""
+"""Which policy a host serves: following the control log, choosing, answering, and taking turns at changing."""
 
-from rollpool.worker.policy.acks import acknowledge, failures_of
+from rollpool.worker.policy.choice import PolicyChoice
 from rollpool.worker.policy.follow import PolicyFollower, Target
 from rollpool.worker.policy.turn import ChangeTurn
 
-__all__ = ["ChangeTurn", "PolicyFollower", "Target", "acknowledge", "failures_of"]
+__all__ = ["ChangeTurn", "PolicyChoice", "PolicyFollower", "Target"]

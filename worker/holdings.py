@@ -1,0 +1,150 @@
+"""Every job in this host's hands, from pull to the server's confirmation.
+
+Invariant: a job that is pulled is counted and leased here until the server has confirmed what became of it, or another
+host has it; however its engine fares, it leaves by the settler.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from redis.asyncio import Redis
+
+from rollpool.schemas import Keys
+from rollpool.schemas.connection import connect, runs_of
+from rollpool.schemas.scripts import Entry, Settled
+from rollpool.worker.clock import ServerClock
+from rollpool.worker.held import HeldJob
+from rollpool.worker.leases import RENEWALS_PER_LEASE, Incarnation, LeaseKeeper
+from rollpool.worker.settler import Settler
+
+log = logging.getLogger(__name__)
+
+#: Milliseconds before a job that its engine lost runs again: about the time the host takes to see that its engine is
+#: dead and to stop pulling.
+LOST_DELAY_MS = 1000
+
+
+class Holdings:
+    """What one host holds; the generator's outlet.
+
+    Args:
+        url: of the pool's server, for the lease keeper's own connection.
+        client: the host's client.
+        keys: of the pool.
+        me: this worker's incarnation.
+        lease_s: after so long without renewal a job counts as lost.
+        server_clock: times that other hosts read.
+        on_change: a job came to its end.
+        on_gone: a job is another host's by now; its samples are of no use.
+        on_bug: what this host holds is not known any more.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        client: Redis,
+        keys: Keys,
+        me: Incarnation,
+        *,
+        lease_s: float,
+        server_clock: ServerClock,
+        on_change: Callable[[], None],
+        on_gone: Callable[[HeldJob], None],
+        on_bug: Callable[[BaseException], None],
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._worker = me.worker
+        self._server_clock = server_clock
+        self._on_change = on_change
+        self._on_gone = on_gone
+        self._on_bug = on_bug
+        self._held: dict[tuple[str, str], HeldJob] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # A renewal that hangs must fail, and be tried again, well within its lease.
+        self._lease_client = connect(url, timeout_s=max(1.0, lease_s / RENEWALS_PER_LEASE), retries=1)
+        self._leases = LeaseKeeper(self._lease_client, me, lease_s=lease_s, on_lost=self._tell_lost)
+        self.settler = Settler(client, keys, consumer=me.consumer, on_done=self._done, on_settled=self._count)
+        #: Jobs this host settled as other than failed, and as failed.
+        self.settled = 0
+        self.failed = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    async def start(self) -> None:
+        """Return what an ended predecessor of this name on this host had, then keep leases."""
+        self._loop = asyncio.get_running_loop()
+        runs = await runs_of(self._client, self._keys)
+        self.know_streams([stream for run in runs for stream in self._keys.lanes(run)])
+        count = await asyncio.to_thread(self._leases.take_over)
+        if count:
+            log.info("returned %d jobs that this worker held before it was restarted", count)
+        self._leases.start()
+
+    async def stop(self) -> None:
+        """Keep leases no longer: what is still held, other hosts take over when its lease ends."""
+        await asyncio.to_thread(self._leases.stop)
+        self._lease_client.close()
+
+    def know_streams(self, streams: Sequence[str]) -> None:
+        """The jobs streams there are: lost workers' jobs are looked for on all of them."""
+        self._leases.watch(streams)
+
+    def hold(self, jobs: Sequence[HeldJob]) -> None:
+        """Jobs that were pulled."""
+        self._held.update({(held.entry.stream, held.entry.id): held for held in jobs})
+        self._leases.hold([held.entry for held in jobs])
+
+    def return_all(self, jobs: Sequence[HeldJob], *, lost: bool) -> None:
+        """Give jobs back to their lanes; `lost` charges each an attempt, a planned move nothing."""
+        for held in jobs:
+            self.settler.give_back(held, lost=lost)
+
+    # What the generator tells.
+
+    def finished(self, held: HeldJob) -> None:
+        """Every sample is there."""
+        self.settler.settle(held, held.group("ok", worker=self._worker, now=time.monotonic()))
+
+    def refused(self, held: HeldJob, error: str) -> None:
+        """The job is at fault, and would be on every host."""
+        group = held.group("failed", worker=self._worker, now=time.monotonic(), error=error)
+        self.settler.settle(held, group, dead=error)
+
+    def lost(self, held: HeldJob, error: str) -> None:
+        """The engine failed it; later, so that a dying engine does not burn its attempts."""
+        log.warning("job %s goes back: %s", held.job.id, error)
+        self.settler.give_back(held, lost=True, delayed_until_ms=self._server_clock.now_ms() + LOST_DELAY_MS)
+
+    def broken(self, bug: BaseException) -> None:
+        """A bug."""
+        self._on_bug(bug)
+
+    # What the settler and the lease keeper tell.
+
+    def _done(self, entry: Entry) -> None:
+        self._held.pop((entry.stream, entry.id), None)
+        self._leases.release(entry)
+        self._on_change()
+
+    def _count(self, replies: Sequence[Settled]) -> None:
+        for reply in replies:
+            self.settled += reply.now and reply.outcome != "failed"
+            self.failed += reply.now and reply.outcome == "failed"
+
+    def _tell_lost(self, entries: list[Entry]) -> None:
+        """On the lease keeper's thread."""
+        assert self._loop is not None, "start first"
+        self._loop.call_soon_threadsafe(self._lost, entries)
+
+    def _lost(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            held = self._held.get((entry.stream, entry.id))
+            if held is None or held.left:
+                continue  # on its way to the server: the scripts know whose it is
+            log.warning("job %s is held by another host by now; dropping it here", held.job.id)
+            del self._held[entry.stream, entry.id]
+            self._on_gone(held)
