@@ -21,7 +21,7 @@ import typer.main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rollpool.ops.cli import app
+from rollpool.ops.cli.app import app
 from rollpool.worker.engines.settings import EngineSettings
 from rollpool.worker.settings import PREFIX, WorkerSettings
 

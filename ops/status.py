@@ -14,7 +14,7 @@ from rich.text import Text
 
 from rollpool.ops.inspect import PoolStatus, read_status
 from rollpool.schemas import Keys, RollpoolError, WorkerStatus
-from rollpool.schemas.connection import connect
+from rollpool.schemas.connection import connect, without_password
 
 
 def show_status(url: str, pool: str, *, watch: float | None, as_json: bool) -> None:
@@ -38,7 +38,7 @@ def show_status(url: str, pool: str, *, watch: float | None, as_json: bool) -> N
                         live.update(draw(read_status(client, keys)), refresh=True)
         except RedisError as error:
             raise RollpoolError(
-                f"the server at {url} cannot be reached ({error}); set --url or ROLLPOOL_URL"
+                f"the server at {without_password(url)} cannot be reached ({error}); set --url or ROLLPOOL_URL"
             ) from error
 
 

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from urllib.parse import urlsplit
 
 from redis.exceptions import (
     AuthenticationError,
@@ -19,7 +18,7 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from rollpool.schemas.connection import DEFAULT_POOL, DEFAULT_URL, connect_async, not_permitted
+from rollpool.schemas.connection import DEFAULT_POOL, DEFAULT_URL, connect_async, not_permitted, without_password
 from rollpool.schemas.errors import BacklogFull, NotPermitted, RollpoolError, SettingsError
 from rollpool.schemas.jobs import NAME_PATTERN
 from rollpool.schemas.keys import Keys
@@ -51,8 +50,7 @@ class Server:
     @property
     def place(self) -> str:
         """The address without its credentials, for messages."""
-        parts = urlsplit(self.url)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        return without_password(self.url)
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ socket timeout is longer than its block.
 
 from collections.abc import Callable
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
@@ -29,7 +30,16 @@ RETRIES = 6
 _BACKOFF_CAP_S = 2.0
 _BACKOFF_BASE_S = 0.1
 
+#: RESP2: lists where RESP3 has maps, which is what the readers of streams here expect.
+_OPTIONS: dict[str, Any] = {"retry_on_error": [ConnectionError, TimeoutError], "protocol": 2}
+
 T = TypeVar("T")
+
+
+def without_password(url: str) -> str:
+    """The URL as a message may show it."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _checked(make: Callable[[], T], url: str) -> T:
@@ -37,38 +47,25 @@ def _checked(make: Callable[[], T], url: str) -> T:
         return make()
     except ValueError as error:
         raise SettingsError(
-            f"url {url!r}: {error}; a URL is redis://[user:password@]host:port/db, or rediss:// for TLS"
+            f"url {without_password(url)!r}: {error}; a URL is redis://[user:password@]host:port/db, "
+            "or rediss:// for TLS"
         ) from error
 
 
 def connect(url: str, *, timeout_s: float = SOCKET_TIMEOUT_S, retries: int = RETRIES) -> Redis:
     """A blocking client, for threads of their own. Raises SettingsError on a malformed URL."""
-    retry = Retry(ExponentialWithJitterBackoff(_BACKOFF_CAP_S, _BACKOFF_BASE_S), retries)
-    return _checked(
-        lambda: Redis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            retry=retry,
-            retry_on_error=[ConnectionError, TimeoutError],
-            protocol=2,
-        ),
-        url,
-    )
+    retry = Retry(_backoff(), retries)
+    return _checked(lambda: Redis.from_url(url, socket_timeout=timeout_s, retry=retry, **_OPTIONS), url)
 
 
 def connect_async(url: str, *, timeout_s: float = SOCKET_TIMEOUT_S) -> AsyncRedis:
     """An asyncio client. Raises SettingsError on a malformed URL."""
-    retry = AsyncRetry(ExponentialWithJitterBackoff(_BACKOFF_CAP_S, _BACKOFF_BASE_S), RETRIES)
-    return _checked(
-        lambda: AsyncRedis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            retry=retry,
-            retry_on_error=[ConnectionError, TimeoutError],
-            protocol=2,
-        ),
-        url,
-    )
+    retry = AsyncRetry(_backoff(), RETRIES)
+    return _checked(lambda: AsyncRedis.from_url(url, socket_timeout=timeout_s, retry=retry, **_OPTIONS), url)
+
+
+def _backoff() -> ExponentialWithJitterBackoff:
+    return ExponentialWithJitterBackoff(_BACKOFF_CAP_S, _BACKOFF_BASE_S)
 
 
 async def runs_of(client: AsyncRedis, keys: Keys) -> list[str]:

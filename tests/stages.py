@@ -24,7 +24,7 @@ for name in sys.argv[2:]:
     assert (pathlib.Path(module.__file__).parent / "py.typed").is_file(), name
     for public in getattr(module, "__all__", ()):
         getattr(module, public)
-from rollpool.ops.cli import app
+from rollpool.ops.cli.app import app
 from rollpool.schemas.scripts.base import Script
 Script("settle")
 """

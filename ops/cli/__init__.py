@@ -4,6 +4,15 @@ Invariant: commands print what they found or did on stdout and exit 0; an error 
 what to do, and exit 1; Ctrl-C ends what was started and exits 130.
 """
 
-from rollpool.ops.cli.app import app
+import sys
 
-__all__ = ["app"]
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command; a trainer's light installation is told what the command needs."""
+    try:
+        from rollpool.ops.cli.app import app
+    except ModuleNotFoundError as error:
+        sys.exit(f"rollpool: the command needs {error.name}: pip install 'rollpool[ops]'")
+    app()

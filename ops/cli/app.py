@@ -30,6 +30,9 @@ class _Group(typer.core.TyperGroup):
         except RollpoolError as error:
             print(f"rollpool: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
+        except ModuleNotFoundError as error:
+            print(f"rollpool: this command needs {error.name}: pip install 'rollpool[local]'", file=sys.stderr)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             print("rollpool: interrupted; everything that was started has ended", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None

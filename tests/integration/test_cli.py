@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from rollpool.ops.cli import app
+from rollpool.ops.cli.app import app
 from rollpool.producer import RolloutPool
 from rollpool.schemas import Keys, WorkerStatus
 from rollpool.schemas.connection import connect
