@@ -6,7 +6,6 @@ streams themselves, and every log-prob is computed again by an independent model
 
 import contextlib
 import json
-import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -19,14 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from rollpool.ops.inspect import read_workers
-from rollpool.ops.local.engine_env import ensure_engine_env
+from rollpool.ops.local.engine_env import cache_dir, ensure_engine_env
 from rollpool.ops.local.hosts import LocalHosts, cpu_engine
 from rollpool.ops.local.reference import ReferenceModel
-from rollpool.ops.local.run import cache_dir, engine_line, wait_until_served
+from rollpool.ops.local.run import engine_line, wait_until_served
 from rollpool.ops.local.server import LocalServer
 from rollpool.ops.local.tiny_model import make_tiny_model
 from rollpool.producer import Batch, Group, RolloutPool, SamplingParams
-from rollpool.schemas import Keys
+from rollpool.schemas import Keys, RollpoolError
 from rollpool.schemas.connection import connect
 
 POOL, RUN = "demo", "grpo-demo"
@@ -58,7 +57,7 @@ def run_demo() -> None:
     console = Console()
     begin = time.monotonic()
     cache = cache_dir()
-    python = ensure_engine_env(echo=console.print)
+    python = ensure_engine_env()
     checkpoints = {version: make_tiny_model(cache / "models" / f"tiny-{version}", seed=version) for version in (1, 2)}
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(LocalServer())
@@ -103,7 +102,10 @@ def roll_out(
         task = progress.add_task("policy 1", total=GROUPS)
         collected = pool.groups(timeout=COLLECT_S)
         while len(groups) < GROUPS:
-            groups.append(next(collected))
+            group = next(collected, None)
+            if group is None:  # the rest was settled otherwise than `ok`: lost, in the last line
+                break
+            groups.append(group)
             progress.update(task, completed=len(groups))
             hosts.check()
             if len(groups) == PUBLISH_AFTER:
@@ -119,7 +121,8 @@ def roll_out(
                     )
                 )
                 progress.update(task, description="policy 2 published")
-    wait_until_served(pool, hosts, 2)
+    if len(batches) == 2:
+        wait_until_served(pool, hosts, 2)
     return batches, groups
 
 
@@ -148,9 +151,13 @@ def show_workers(client: Redis, console: Console) -> None:
 
 
 def check(groups: list[Group], checkpoints: dict[int, Path]) -> Checked:
-    """Compute every log-prob again, by the policy that the result names; and by the other one."""
+    """Compute every log-prob again, by the policy that the result names; and by the other one.
+
+    Raises:
+        RollpoolError: a result names a policy that was never published.
+    """
     models = {version: ReferenceModel.from_checkpoint(path) for version, path in checkpoints.items()}
-    errors, gaps = [0.0], []
+    errors, gaps = [np.zeros(1)], [np.zeros(0)]
     for group in groups:
         for sample in group.samples:
             by_policy = {
@@ -158,10 +165,14 @@ def check(groups: list[Group], checkpoints: dict[int, Path]) -> Checked:
                 for version, model in models.items()
             }
             for span in sample.version_spans:
-                named = by_policy[span.version][span.start : span.end]
-                errors.append(float(np.abs(named - sample.logprobs[span.start : span.end]).max()))
-            gaps += np.abs(by_policy[1] - by_policy[2]).tolist()
-    return Checked(max_error=max(errors), median_gap=statistics.median(gaps))
+                if span.version not in by_policy:
+                    raise RollpoolError(f"group {group.id} names policy {span.version}, which was never published")
+                part = slice(span.start, span.end)
+                errors.append(np.abs(by_policy[span.version][part] - sample.logprobs[part]))
+            gaps.append(np.abs(by_policy[1] - by_policy[2]))
+    # What is not a number is not small.
+    worst = np.nan_to_num(np.concatenate(errors), nan=np.inf, posinf=np.inf).max()
+    return Checked(max_error=float(worst), median_gap=float(np.median(np.concatenate(gaps))) if groups else 0.0)
 
 
 def summary(groups: list[Group], twice: int, checked: Checked, seconds: float) -> dict[str, object]:

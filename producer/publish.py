@@ -43,6 +43,11 @@ async def publish_policy(server: Server, version: int, checkpoint: str) -> Polic
             f"policy {version} already names {known.checkpoint if known else 'another source'!r}, so it cannot name "
             f"{checkpoint!r}; publish under a new version"
         )
+    if answer == "taken":
+        raise PolicyRejected(
+            f"checkpoint {checkpoint!r} is that of policy {current} already: give each version a path of its own, that "
+            "is never written to again, since a result can name only the version, not what lay there at the time"
+        )
     if answer == "old":
         raise PolicyRejected(
             f"policy {version} is older than the current policy {current}; versions rise: publish {current + 1} or "
@@ -80,7 +85,7 @@ async def wait_for_policy(server: Server, version: int, fraction: float, timeout
         serving = [worker for worker in workers if _serves(worker, version)]
         if serving and len(serving) >= fraction * len(workers) - _ROUNDING:
             return
-        _raise_on_failure(await acks.latest(), seen, version)
+        _raise_on_failure(await acks.latest(), seen, workers, version)
         if deadline is not None and time.monotonic() >= deadline:
             raise PoolTimeout(_who_is_missing(workers, version, fraction, timeout))
         await asyncio.sleep(POLL_S if deadline is None else max(0.0, min(POLL_S, deadline - time.monotonic())))
@@ -90,13 +95,17 @@ def _serves(worker: WorkerStatus, version: int) -> bool:
     return worker.state == "serving" and worker.policy is not None and worker.policy >= version
 
 
-def _raise_on_failure(latest: dict[str, Ack], seen: set[str], version: int) -> None:
-    """A failure counts of a worker that was alive during this wait: one long gone says nothing of the others."""
+def _raise_on_failure(latest: dict[str, Ack], seen: set[str], workers: Sequence[WorkerStatus], version: int) -> None:
+    """A failure counts of a worker that was alive during this wait: one long gone says nothing of the others.
+
+    Nor does one that can serve nothing at all, unless none can.
+    """
+    broken = {worker.name for worker in workers if worker.state == "broken"}
     for name, ack in sorted(latest.items()):
-        if ack.state == "failed" and name in seen:
+        if ack.state == "failed" and name in seen and (name not in broken or len(broken) == len(workers)):
             raise PolicyRejected(
-                f"policy {version} could not be applied by worker {name}: {ack.error or 'no error given'}; the host "
-                "went back to what it served. Mend the checkpoint and publish it as a new version, or mend the host"
+                f"policy {version} could not be applied by worker {name}: {ack.error or 'no error given'}. Mend the "
+                "checkpoint and publish it as a new version, or mend the host; a host that served before still does"
             )
 
 

@@ -4,6 +4,7 @@ Invariant: a call either returns or raises within a known time; a reader that bl
 socket timeout is longer than its block.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ from redis.exceptions import ConnectionError, NoPermissionError, TimeoutError
 from redis.retry import Retry
 
 from rollpool.schemas.errors import NotPermitted, SettingsError
+from rollpool.schemas.jobs import NAME_PATTERN
 from rollpool.schemas.keys import Keys
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
@@ -71,7 +73,8 @@ def _backoff() -> ExponentialWithJitterBackoff:
 async def runs_of(client: AsyncRedis, keys: Keys) -> list[str]:
     """The names of all runs that ever enqueued to this pool, sorted."""
     members: Any = await client.smembers(keys.runs)
-    return sorted(member.decode() for member in members)
+    names = (member.decode(errors="replace") for member in members)
+    return sorted(name for name in names if re.fullmatch(NAME_PATTERN, name))  # else somebody's own doing
 
 
 def not_permitted(error: NoPermissionError, what: str) -> NotPermitted:

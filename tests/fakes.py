@@ -41,9 +41,10 @@ def entry_of(job: PromptJob, *, id: str = "1-1", **fields: bytes) -> Entry:
     return Entry(stream, id, plain | {name.encode(): value for name, value in fields.items()})
 
 
-def held_job(index: int = 0, **fields: Any) -> HeldJob:
+def held_job(index: int = 0, *, attempts: int = 0, **fields: Any) -> HeldJob:
     made = job(index, **fields)
-    return HeldJob(entry_of(made, id=f"{index + 1}-1"), made, 0.0, prompt_ids=np.array([1, 2], np.int32))
+    entry = entry_of(made, id=f"{index + 1}-1", attempts=str(attempts).encode())
+    return HeldJob(entry, made, 0.0, prompt_ids=np.array([1, 2], np.int32))
 
 
 @dataclass(eq=False)
@@ -65,6 +66,7 @@ class FakeEngine:
     #: Calls that wait for the test.
     open: dict[str, Call] = field(default_factory=dict)
     most_open: int = 0
+    dead: Exception | None = None
 
     async def generate(self, request: SampleRequest) -> Completion:
         return await self._call(request)
@@ -92,7 +94,8 @@ class FakeEngine:
             del self.open[request.rid]
 
     def fail_all(self, error: Exception) -> None:
-        """Every open call, and every later one, raises."""
+        """Every open call, and every later one, raises: the engine is gone."""
+        self.dead = error
         self.reply = lambda _: error
         for call in list(self.open.values()):
             if not call.answer.done():
@@ -101,6 +104,8 @@ class FakeEngine:
     async def abort(self, rids: Iterable[str]) -> None: ...
 
     async def load(self) -> EngineLoad | None:
+        if self.dead is not None:
+            raise self.dead
         return None
 
     async def identify(self) -> str:
@@ -146,6 +151,8 @@ class FakeOwner:
         self.missing: dict[str, str] = {}
         self.opened: list[str] = []
         self.engines: list[FakeEngine] = []
+        #: Set to have every engine answer so.
+        self.reply: Callable[[Request], Reply] | None = None
         #: Set to have `open` wait.
         self.gate: asyncio.Event | None = None
         self.open_now = 0
@@ -169,7 +176,7 @@ class FakeOwner:
         self.open_now = 1
         first = int(checkpoint.rpartition("/")[2])
         self._death = asyncio.get_running_loop().create_future()
-        reply = (lambda _: None) if self.holding else lambda _: completion(first=first)
+        reply = self.reply or ((lambda _: None) if self.holding else lambda _: completion(first=first))
         self.engines.append(fake_engine(slots=self.slots, model_path=checkpoint, reply=reply))
         return self.engine
 

@@ -5,7 +5,6 @@ samples survive the fault of a sibling.
 """
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -27,6 +26,13 @@ from rollpool.worker.held import NO_IDS, HeldJob
 #: finished siblings are, an engine that keeps losing them is not.
 TRIES_PER_SAMPLE = 3
 
+#: Seconds between looks whether an engine that was out of reach answers again.
+ASK_AGAIN_S = 0.5
+
+#: Jobs lost in a row, without a sample in between, after which an engine that still answers counts as sick: one or two
+#: may be the jobs' own doing, and each more is an attempt of an innocent job.
+SICK_AFTER = 4
+
 _NO_LOGPROBS = np.empty(0, dtype=np.float32)
 
 
@@ -47,7 +53,15 @@ class Outlet(Protocol):
 
 
 class Generator:
-    """The samples of one engine."""
+    """The samples of one engine.
+
+    Args:
+        engine: generates them.
+        version: of the policy it serves.
+        target: samples in the engine at most.
+        outlet: where jobs go.
+        on_change: called when samples begin or end.
+    """
 
     def __init__(
         self,
@@ -57,17 +71,19 @@ class Generator:
         target: int,
         outlet: Outlet,
         on_change: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._version = version
         self._target = target
         self._outlet = outlet
         self._on_change = on_change
-        self._clock = clock
         self._waiting: deque[tuple[HeldJob, int]] = deque()
         self._tasks: dict[asyncio.Task[None], HeldJob] = {}
         self._jobs: set[HeldJob] = set()
+        self._unanswered = 0
+        self._lost_in_a_row = 0
+        #: Set once the engine loses job after job and makes nothing, though it answers; nothing begins any more.
+        self.sick = asyncio.Event()
         self.samples_made = 0
         self.tokens_made = 0
 
@@ -119,7 +135,7 @@ class Generator:
             await asyncio.wait(self._tasks)
 
     def _fill(self) -> None:
-        while self._waiting and len(self._tasks) < self._target:
+        while self._waiting and len(self._tasks) < self._target and not self._unanswered and not self.sick.is_set():
             held, index = self._waiting.popleft()
             if held.left:
                 continue
@@ -149,9 +165,15 @@ class Generator:
         except RequestRefused as error:
             self._exit(held, self._outlet.refused, str(error))
         except EngineUnavailable as error:
+            self._count_lost(held)
             self._exit(held, self._outlet.lost, str(error))
         else:
             self._keep(held, index, completion)
+
+    def _count_lost(self, held: HeldJob) -> None:
+        self._lost_in_a_row += not held.left
+        if self._lost_in_a_row >= SICK_AFTER:
+            self.sick.set()
 
     def _exit(self, held: HeldJob, tell: Callable[[HeldJob, str], None], reason: str) -> None:
         if not held.left:
@@ -168,9 +190,30 @@ class Generator:
                     SampleRequest(rid=new_rid(), input_ids=held.prompt_ids, sampling=job.sampling)
                 )
             except EngineUnavailable:
+                await self._until_it_answers()
                 if not tries_left:
                     raise
         raise AssertionError("unreachable: the last try returns or raises")
+
+    async def _until_it_answers(self) -> None:
+        """Wait while the engine is out of reach, and begin nothing: if it is dead, that is the host's to notice.
+
+        Else every job there is would be begun, lost and charged before it does.
+        """
+        self._unanswered += 1
+        try:
+            while not await self._answers():  # noqa: ASYNC110 - it is another process
+                await asyncio.sleep(ASK_AGAIN_S)
+        finally:
+            self._unanswered -= 1
+        self._fill()
+
+    async def _answers(self) -> bool:
+        try:
+            await self._engine.load()
+        except EngineUnavailable:
+            return False
+        return True
 
     async def _chat(self, held: HeldJob) -> Completion:
         messages = held.job.prompt
@@ -192,6 +235,7 @@ class Generator:
             finish_reason=completion.finish_reason,
             version_spans=(VersionSpan(self._version, 0, len(ids)),),
         )
+        self._lost_in_a_row = 0
         self.samples_made += 1
         self.tokens_made += completion.completion_tokens
         if len(held.samples) == held.job.n:

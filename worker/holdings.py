@@ -65,7 +65,9 @@ class Holdings:
         self._loop: asyncio.AbstractEventLoop | None = None
         # A renewal that hangs must fail, and be tried again, well within its lease.
         self._lease_client = connect(url, timeout_s=max(1.0, lease_s / RENEWALS_PER_LEASE), retries=1)
-        self._leases = LeaseKeeper(self._lease_client, me, lease_s=lease_s, on_lost=self._tell_lost)
+        self._leases = LeaseKeeper(
+            self._lease_client, me, lease_s=lease_s, on_lost=self._tell_lost, on_bug=self._tell_bug
+        )
         self.settler = Settler(client, keys, consumer=me.consumer, on_done=self._done, on_settled=self._count)
         #: Jobs this host settled as other than failed, and as failed.
         self.settled = 0
@@ -139,6 +141,11 @@ class Holdings:
         """On the lease keeper's thread."""
         assert self._loop is not None, "start first"
         self._loop.call_soon_threadsafe(self._lost, entries)
+
+    def _tell_bug(self, bug: BaseException) -> None:
+        """On the lease keeper's thread."""
+        assert self._loop is not None, "start first"
+        self._loop.call_soon_threadsafe(self._on_bug, bug)
 
     def _lost(self, entries: Sequence[Entry]) -> None:
         for entry in entries:

@@ -251,6 +251,8 @@ class Host:
                 log.info("waiting for a policy: %s", self._error)
                 await self._until_another_target()
                 continue
+            if self._choice.last_good is None and await self._choice.failed_elsewhere(wanted):
+                continue  # the others serve what was there before it
             try:
                 return await unless(self._stop, self._open(wanted))
             except EngineUnavailable as error:
@@ -272,7 +274,7 @@ class Host:
         session = self._session_of(engine, policy, encoder)
         self._session, self._state = session, "serving"
         self._failures, self._error = 0, ""
-        await self._choice.applied(wanted, policy.version)
+        await self._choice.applied(wanted, policy)
         await self._show()
         log.info(
             "serving policy %d with %s %s: %d requests at once, target %d samples",
@@ -336,7 +338,7 @@ class Host:
 
     async def _serve(self, session: Session) -> Ending:
         pulling = asyncio.create_task(session.puller.run())
-        dead = asyncio.create_task(self._owner.watch())
+        dead = asyncio.create_task(self._until_dead(session))
         turn = asyncio.create_task(self._turn_to_change(session))
         stop = asyncio.create_task(self._stop.wait())
         try:
@@ -345,7 +347,9 @@ class Host:
             if dead.done():
                 self._state, self._error = "starting", dead.result()
                 log.error("the engine died: %s", self._error)
-                self._holdings.return_all(session.generator.abandon(), lost=True)
+                self._holdings.return_all(session.generator.abandon(started=False), lost=False)
+                # What a sick engine had was charged as it was lost; the rest is innocent.
+                self._holdings.return_all(session.generator.abandon(), lost=not session.generator.sick.is_set())
                 ending = Ending.DEAD
             else:
                 self._state = "stopping" if stop.done() else "changing"
@@ -358,6 +362,15 @@ class Host:
             return ending
         finally:
             await cancelled([pulling, dead, turn, stop])
+
+    async def _until_dead(self, session: Session) -> str:
+        """Return the reason once the engine is dead, or answers but makes nothing."""
+        dead, sick = asyncio.create_task(self._owner.watch()), asyncio.create_task(session.generator.sick.wait())
+        try:
+            await asyncio.wait([dead, sick], return_when=asyncio.FIRST_COMPLETED)
+            return dead.result() if dead.done() else "it answers, but lost one job after the other and made nothing"
+        finally:
+            await cancelled([dead, sick])
 
     async def _turn_to_change(self, session: Session) -> None:
         """Return once another policy is wanted and it is this host's turn; serving goes on meanwhile."""
@@ -377,7 +390,7 @@ class Host:
     def _is_change(self, target: Target, session: Session) -> bool:
         """True when the engine has to change for `target`, or, attached, is known to serve it by now."""
         known = self._owner.controls_weights or target.policy.checkpoint == session.engine.facts.model_path
-        return known and self._choice.is_change(target, session.policy.version)
+        return known and self._choice.is_change(target, session.policy)
 
     async def _may_try(self, target: Target) -> bool:
         """False when `target` is known not to start; found out here, it costs the engine that serves nothing."""

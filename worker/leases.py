@@ -93,6 +93,7 @@ class LeaseKeeper(threading.Thread):
         lease_s: after so long without renewal a job counts as lost.
         on_lost: called on this thread with entries that are not this consumer's any more: reclaimed by another host,
             or settled a moment ago.
+        on_bug: called on this thread with the error that ends it.
         clock: monotonic seconds.
     """
 
@@ -103,6 +104,7 @@ class LeaseKeeper(threading.Thread):
         *,
         lease_s: float,
         on_lost: Callable[[list[Entry]], None],
+        on_bug: Callable[[BaseException], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(name="rollpool-leases", daemon=True)
@@ -110,6 +112,7 @@ class LeaseKeeper(threading.Thread):
         self._me = me
         self._lease_s = lease_s
         self._on_lost = on_lost
+        self._on_bug = on_bug
         self._clock = clock
         self._held: dict[tuple[str, str], Entry] = {}
         self._streams: list[str] = []
@@ -142,6 +145,9 @@ class LeaseKeeper(threading.Thread):
                 if self._heard_at is not None:
                     log.warning("leases: the server is out of reach (%s); trying again", error)
                 self._heard_at = None
+            except Exception as bug:  # without this thread every job would run twice: the host has to end
+                self._on_bug(bug)
+                return
 
     def turn(self) -> None:
         """One round: renew first, so that a host that was frozen does not take its own jobs for lost."""

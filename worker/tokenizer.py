@@ -73,13 +73,20 @@ def _token_text(token: str | dict[str, Any] | None) -> str:
     return token.get("content", "") if isinstance(token, dict) else token or ""
 
 
+def _whole(tokenizer: Tokenizer) -> Tokenizer:
+    """Without the truncation and padding of the last training, which are saved with a tokenizer."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 class PromptEncoder:
     """Turns prompts into token ids for one checkpoint."""
 
     def __init__(self, model: str) -> None:
         self._model = model
         tokenizer = _locate(model, "tokenizer.json")
-        self._tokenizer = Tokenizer.from_file(str(tokenizer)) if tokenizer else None
+        self._tokenizer = _whole(Tokenizer.from_file(str(tokenizer))) if tokenizer else None
         self._config = _json(_locate(model, "tokenizer_config.json"))
         self._template = self._load_template()
         #: 0 when the checkpoint does not say.

@@ -1,10 +1,10 @@
 """Hosts on one machine: real `rq worker` processes, each with a real engine on CPU.
 
-Invariant: what `start` began ends with its `LocalHosts`: workers get a warm stop, then a cold one, and each worker
-ends its engine however it ends.
+Invariant: what `start` began ends with its `LocalHosts`: workers get a warm stop, then a cold one, and are killed when
+that does not help, when their owner is told to hurry, or when it is killed itself; and each worker ends its engine
+however it ends.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rollpool.ops.inspect import read_workers
+from rollpool.ops.local.child import spawn
 from rollpool.ops.local.engine_settings import EngineLine, cpu_engine_args, cpu_engine_env
 from rollpool.schemas import Keys, RollpoolError
 from rollpool.schemas.connection import connect
@@ -105,23 +106,28 @@ class LocalHosts:
         return self._directory / f"engine-{name}.log"
 
     def start(self, name: str, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-        """Start one worker; `options` are those of `rq worker`."""
+        """Start one worker; `options` are those of `rq worker`.
+
+        Raises:
+            RollpoolError: a worker of this name runs.
+        """
+        if name in self._workers and self._workers[name].poll() is None:
+            raise RollpoolError(f"worker {name} runs already; give each host a name of its own")
         self._directory.mkdir(parents=True, exist_ok=True)
         command = [
             *(sys.executable, "-m", "rq.cli", "worker", "--url", self._url, "--name", name),
             *("--worker-class", "rollpool.worker.RolloutWorker", *options, self._pool),
         ]
         with self.log(name).open("ab") as log:
-            # A session of its own: Ctrl-C in the terminal reaches this process alone, which stops the workers in order.
-            self._workers[name] = subprocess.Popen(
-                command, env=self._environment(name), stdout=log, stderr=log, start_new_session=True
-            )
+            self._workers[name] = spawn(command, log, self._environment(name))
         return self._workers[name]
 
     def _environment(self, name: str) -> dict[str, str]:
         engine = {**self._engine, "host_lock": str(self._directory / f"{name}.lock")}
         settings = {"url": self._url, "log_dir": str(self._directory), "engine": json.dumps(engine), **self._settings}
-        return os.environ | {f"ROLLPOOL_{key.upper()}": str(value) for key, value in settings.items()}
+        # A part of the engine's settings by its own name would win over the whole: those are of the user's other hosts.
+        inherited = {key: value for key, value in os.environ.items() if not key.upper().startswith("ROLLPOOL_ENGINE__")}
+        return inherited | {f"ROLLPOOL_{key.upper()}": str(value) for key, value in settings.items()}
 
     def check(self) -> None:
         """Raise RollpoolError when a worker ended by itself."""
@@ -136,13 +142,22 @@ class LocalHosts:
             return sum(worker.name in self._workers for worker in read_workers(client, Keys(self._pool)))
 
     def stop(self) -> None:
-        """End all workers: warm, then cold, then by force; harmless to repeat."""
-        for worker in self._workers.values():
-            with contextlib.suppress(ProcessLookupError):
+        """End all workers: warm, then cold, then by force; harmless to repeat.
+
+        An interrupt meanwhile, as a second Ctrl-C, ends them by force at once.
+        """
+        try:
+            for worker in self._workers.values():
                 worker.send_signal(signal.SIGTERM)
-        for worker in self._workers.values():
-            _end(worker)
-        self._workers.clear()
+            for worker in self._workers.values():
+                _end(worker)
+        except BaseException:
+            for worker in self._workers.values():
+                worker.kill()
+                worker.wait()
+            raise
+        finally:
+            self._workers.clear()
 
     def __enter__(self) -> Self:
         return self

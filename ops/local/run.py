@@ -5,13 +5,12 @@ Invariant: when it returns, everything it started has ended.
 
 import asyncio
 import contextlib
-import os
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from rollpool.ops.local.engine_env import ensure_engine_env
+from rollpool.ops.local.engine_env import cache_dir, ensure_engine_env
 from rollpool.ops.local.engine_settings import EngineLine, cpu_engine_env
 from rollpool.ops.local.hosts import LocalHosts, cpu_engine
 from rollpool.ops.local.server import LocalServer
@@ -22,16 +21,13 @@ from rollpool.worker.engines.dialects import pick_dialect
 from rollpool.worker.engines.preflight import probe
 from rollpool.worker.engines.settings import EngineSettings
 
+__all__ = ["cache_dir", "engine_line", "run_local", "wait_until_served"]
+
 #: Seconds between looks at the workers.
 LOOK_EVERY_S = 1.0
 
 #: Seconds until a host must serve: a cold start on two busy cores took under one minute.
 START_S = 600.0
-
-
-def cache_dir() -> Path:
-    """Where engines, models and JIT caches are kept between runs: `$ROLLPOOL_CACHE`, or under the user's cache."""
-    return Path(os.environ.get("ROLLPOOL_CACHE") or Path.home() / ".cache" / "rollpool")
 
 
 def engine_line(python: Path) -> EngineLine:
@@ -60,7 +56,7 @@ def run_local(*, workers: int, model: Path | None, url: str | None, pool: str) -
     """Serve until interrupted."""
     console = Console()
     cache = cache_dir()
-    python = ensure_engine_env(echo=console.print)
+    python = ensure_engine_env()
     checkpoint = model or make_tiny_model(cache / "models" / "tiny-1", seed=1)
     with contextlib.ExitStack() as stack:
         server_url = url or stack.enter_context(LocalServer()).url
@@ -76,7 +72,9 @@ def run_local(*, workers: int, model: Path | None, url: str | None, pool: str) -
             f"serving policy {version} of pool {pool!r} with {workers} hosts. In another terminal:\n"
             f"  export ROLLPOOL_URL={server_url} ROLLPOOL_POOL={pool}\n"
             "  rollpool status\n"
-            "Ctrl-C ends it."
+            "Ctrl-C ends it.",
+            soft_wrap=True,  # the lines are to be copied
+            highlight=False,
         )
         while True:
             hosts.check()

@@ -14,20 +14,18 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import Future
-from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Literal, Self
+from typing import Literal, Self
 
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from rollpool.ops.local.child import spawn
 from rollpool.schemas import RollpoolError
 
 _HOST = "127.0.0.1"
@@ -38,6 +36,8 @@ START_S = 30.0
 #: Seconds a server may take to end after SIGTERM; then it is killed.
 STOP_S = 10.0
 _POLL_S = 0.01
+#: Seconds for one question at a start: where a stranger has the port, it may never answer.
+_ASK_S = 1.0
 #: Another process may take the free port between our look and the server's bind.
 _PORT_TRIES = 5
 
@@ -93,10 +93,10 @@ class LocalServer:
             options: Further arguments of the server, such as `("--maxmemory", "64mb")`.
         """
         self._binary = Path(binary) if binary is not None else default_server()
-        self.directory = Path(directory or tempfile.mkdtemp(prefix="rollpool-server-"))
-        self._remover = None
-        if directory is None:
-            self._remover = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+        self.directory = Path(directory or tempfile.mkdtemp(prefix="rollpool-server-")).absolute()
+        self._temporary = directory is None
+        self._remover: weakref.finalize[..., LocalServer] | None = None
+        self._remove_at_the_end()
         self._options = [
             *("--bind", _HOST, "--dir", str(self.directory), "--save", "", "--daemonize", "no"),
             *("--appendonly", "yes" if appendonly else "no", "--appendfsync", appendfsync),
@@ -172,6 +172,11 @@ class LocalServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def _remove_at_the_end(self) -> None:
+        """See that a temporary directory is removed, also one made again by a start after `stop`."""
+        if self._temporary and (self._remover is None or not self._remover.alive):
+            self._remover = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+
     def _end(self) -> None:
         if self._ender is not None:
             self._ender()
@@ -179,10 +184,9 @@ class LocalServer:
 
     def _launch(self, port: int) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        command = [*_dies_with_us(), str(self._binary), "--port", str(port), *self._options]
-        # A file, not a pipe: nobody reads a pipe, and a full one would stop the server.
+        self._remove_at_the_end()
         with (self.directory / _LOG).open("wb") as log:
-            process = _spawn(command, log)
+            process = spawn([str(self._binary), "--port", str(port), *self._options], log)
         self._process = process
         self._ender = weakref.finalize(self, _end_process, process)
         try:
@@ -194,7 +198,7 @@ class LocalServer:
     def _wait_until_it_answers(self, process: subprocess.Popen[bytes], port: int) -> None:
         deadline = time.monotonic() + START_S
         # No retries: the loop below is the retry, and it watches the process as well.
-        client = Redis(host=_HOST, port=port, socket_timeout=STOP_S, retry=Retry(NoBackoff(), 0), protocol=2)
+        client = Redis(host=_HOST, port=port, socket_timeout=_ASK_S, retry=Retry(NoBackoff(), 0), protocol=2)
         with contextlib.closing(client):
             while process.poll() is None and time.monotonic() < deadline:
                 # Not PING: where another process won the port, its server would answer that too.
@@ -221,26 +225,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _spawn(command: Sequence[str], log: BinaryIO) -> subprocess.Popen[bytes]:
-    """Start a process from a thread that lives as long as it.
-
-    The kernel takes the thread that forked, not its process, for the owner whose end is watched.
-    """
-    started = Future[subprocess.Popen[bytes]]()
-
-    def own() -> None:
-        try:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        except BaseException as error:
-            started.set_exception(error)
-        else:
-            started.set_result(process)
-            process.wait()
-
-    threading.Thread(target=own, name="rollpool-server", daemon=True).start()
-    return started.result()
-
-
 def _end_process(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.terminate()
@@ -249,18 +233,3 @@ def _end_process(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
     process.wait()
-
-
-@cache
-def _dies_with_us() -> tuple[str, ...]:
-    """A command that asks the kernel to kill what it runs when we end, or nothing where there is none.
-
-    It is exec'd before the server; doing the same in a `preexec_fn` could deadlock in a process with threads.
-    """
-    setpriv = shutil.which("setpriv")
-    if setpriv is None:
-        return ()
-    guard = (setpriv, "--pdeathsig", "KILL")
-    # Busybox has a setpriv too, without this option.
-    works = subprocess.run([*guard, "true"], capture_output=True, check=False).returncode == 0
-    return guard if works else ()

@@ -442,7 +442,7 @@ async def test_a_late_host_starts_on_the_newest_policy_and_answers_each_command_
     await stage.host(owner)
     assert owner.opened == ["/policy/5"]
     await until(lambda: stage.acks())
-    assert await stage.acks() == [*(f"w received {version}" for version in range(1, 6)), "w applied 5"]
+    assert await stage.acks() == ["w received 5", "w applied 5"]
 
 
 async def test_a_host_without_a_model_waits_for_the_first_policy(stage: Stage) -> None:
@@ -639,6 +639,62 @@ async def test_an_engine_that_dies_costs_its_jobs_one_attempt_and_is_restarted(s
     await stage.settled("b", "ok", "ok", "ok")
     assert set(attempts) - {None} <= {b"1"}
     assert owner.opened == ["/policy/0"] * 2
+
+
+async def test_a_dead_engine_costs_the_backlog_nothing_until_it_is_noticed(stage: Stage) -> None:
+    owner = FakeOwner(slots=4, holding=True)
+    host = await stage.host(owner)
+    await stage.enqueue(100, batch_id="b")
+    await until(lambda: len(owner.engine.open) == host.status().target)
+    owner.engine.fail_all(EngineUnavailable("connection refused"))
+    await asyncio.sleep(0.3)
+    assert await stage.server.zcard(stage.keys.delayed) == 0
+    assert len(owner.engine.calls) <= 2 * host.status().target
+    owner.holding = False
+    owner.die()
+    await stage.settled("b", *["ok"] * 100)
+    assert await stage.dead() == []
+
+
+async def test_the_same_version_from_another_checkpoint_is_another_policy(stage: Stage) -> None:
+    owner = FakeOwner()
+    host = await stage.host(owner)  # on engine.model_path, as version 0
+    await stage.pool.publish_policy(0, checkpoint="/policy/7")
+    await until(lambda: len(owner.opened) == 2 and host.status().state == "serving")
+    assert owner.opened == ["/policy/0", "/policy/7"]
+    assert await stage.acks() == ["w received 0", "w applied 0"]
+
+
+async def test_a_host_that_starts_after_a_failed_policy_serves_what_the_others_do(stage: Stage) -> None:
+    faults = {"/policy/2": "out of memory"}
+    await stage.host(FakeOwner(faults=faults), "old")
+    await stage.pool.publish_policy(1, checkpoint="/policy/1")
+    await stage.pool.publish_policy(2, checkpoint="/policy/2")
+
+    async def failed() -> bool:
+        return "old failed 2" in await stage.acks()
+
+    await until(failed)
+    owner = FakeOwner(faults=faults)
+    late = await stage.host(owner, "late", initial=None)
+    assert late.status().policy == 1
+    assert owner.opened == ["/policy/1"]
+    assert [ack for ack in await stage.acks() if ack.startswith("late")] == [
+        "late received 2",
+        "late failed 2",
+        "late applied 1",
+    ]
+
+
+async def test_an_engine_that_fails_every_call_does_not_use_up_the_backlog(stage: Stage) -> None:
+    sick = FakeOwner(slots=8)
+    sick.reply = lambda _: EngineUnavailable("internal server error")  # while it answers all else
+    await stage.enqueue(60, batch_id="b")
+    broken = await stage.host(sick, "sick")
+    await stage.host(FakeOwner(slots=8), "well")
+    await stage.settled("b", *["ok"] * 60)
+    assert broken.status().engine_restarts > 0
+    assert await stage.dead() == []
 
 
 async def test_an_engine_that_dies_before_it_makes_anything_is_restarted_ever_later(
@@ -881,7 +937,7 @@ async def test_a_change_of_policy_wakes_whoever_decided_before_it() -> None:
     seen = follower.target
     waiting = asyncio.create_task(follower.changed(seen))
     policy = Policy(version=1, checkpoint="/policy/1", run="r")
-    await follower._follow("1-1", pack_model(Command(policy=policy)))  # before the task's first step
+    await follower._follow("1-1", pack_model(Command(policy=policy)), news=True)  # before the task's first step
     async with asyncio.timeout(10):
         await waiting
     with contextlib.suppress(TimeoutError):

@@ -14,7 +14,7 @@ from waiting import until
 
 from rollpool.schemas import EngineUnavailable
 from rollpool.worker.engines.protocol import ChatRequest, Completion, RequestRefused, SampleRequest
-from rollpool.worker.generator import TRIES_PER_SAMPLE, Generator
+from rollpool.worker.generator import SICK_AFTER, TRIES_PER_SAMPLE, Generator
 from rollpool.worker.held import HeldJob
 
 LOST = EngineUnavailable("the connection broke")
@@ -306,6 +306,64 @@ async def test_a_chat_is_sent_as_messages_and_comes_back_as_text(engine: FakeEng
     assert call.request.messages == [{"role": "user", "content": "hi"}]
     assert text.samples[0].version_spans == ((7, 0, 0),)
     assert "not token ids" in exits.refusals[0][1]
+
+
+async def test_nothing_is_begun_or_lost_while_the_engine_is_out_of_reach(
+    engine: FakeEngine, exits: Exits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rollpool.worker.generator.ASK_AGAIN_S", 0.01)
+    made = generator(engine, exits, target=4)
+    jobs = [held_job(index) for index in range(3)]
+    made.submit(jobs)
+    await until(lambda: len(engine.open) == 3)
+    engine.dead = LOST
+    next(iter(engine.open.values())).answer.set_exception(LOST)
+    await until(lambda: len(engine.open) == 2)
+    late = held_job(3)
+    made.submit([late])
+    await asyncio.sleep(0.05)
+    assert (len(engine.calls), exits.losses) == (3, [])
+    engine.dead = None
+    await until(lambda: len(engine.calls) == 5)
+    engine.reply = lambda _: completion()
+    for call in list(engine.open.values()):
+        call.answer.set_result(completion())
+    await made.drain()
+    assert [exits.of(held) for held in [*jobs, late]] == [["finished"]] * 4
+
+
+async def test_what_waits_for_a_dead_engine_can_be_given_back(engine: FakeEngine, exits: Exits) -> None:
+    begun, waiting = held_job(0, n=4), held_job(1)
+    made = generator(engine, exits, target=4)
+    made.submit([begun, waiting])
+    await until(lambda: len(engine.open) == 4)
+    engine.fail_all(LOST)
+    await until(lambda: not engine.open)
+    assert made.abandon(started=False) == [waiting]
+    assert made.abandon() == [begun]
+    await made.drain()
+    await until(lambda: made.in_flight == 0)
+    assert exits.losses == []
+
+
+async def test_an_engine_that_answers_but_only_loses_jobs_is_sick(engine: FakeEngine, exits: Exits) -> None:
+    made = generator(engine, exits, target=2)
+    engine.reply = lambda _: LOST  # while `load` goes on answering
+    jobs = [held_job(index) for index in range(20)]
+    made.submit(jobs)
+    await until(made.sick.is_set)
+    await until(lambda: made.in_flight == 0)
+    assert SICK_AFTER <= len(exits.losses) <= SICK_AFTER + 1
+    assert len(made.abandon(started=False)) == 20 - len(exits.losses)
+
+
+async def test_a_few_jobs_that_fail_among_others_make_no_engine_sick(engine: FakeEngine, exits: Exits) -> None:
+    made = generator(engine, exits, target=1)
+    replies = iter(3 * ([LOST] * TRIES_PER_SAMPLE * (SICK_AFTER - 1) + [completion()]))
+    engine.reply = lambda _: next(replies)
+    made.submit([held_job(index) for index in range(3 * SICK_AFTER)])
+    await made.drain()
+    assert not made.sick.is_set()
 
 
 OUTCOMES: list[Reply] = [completion(), completion(), completion(), LOST, REFUSED, None]

@@ -20,12 +20,19 @@ from rollpool.worker.engines.protocol import (
 
 
 class GuardedEngine:
-    """An engine somebody else may replace at any time."""
+    """An engine somebody else may replace at any time.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: as attached.
+        patience_s: how long it may be silent, as while it compiles, before it counts as gone.
+    """
+
+    def __init__(self, engine: Engine, *, patience_s: float) -> None:
         self._engine = engine
+        self._patience_s = patience_s
         self._asking: asyncio.Task[str] | None = None
         self._next: asyncio.Task[str] | None = None
+        self._successor = ""
         #: Set once the engine is known to be another.
         self.replaced = asyncio.Event()
 
@@ -36,12 +43,14 @@ class GuardedEngine:
 
     async def generate(self, request: SampleRequest) -> Completion:
         """Generate one sample, by the engine that was attached or not at all."""
+        self._refuse_another()
         completion = await self._engine.generate(request)
         await self.confirm()
         return completion
 
     async def chat(self, request: ChatRequest) -> Completion:
         """Answer one chat, by the engine that was attached or not at all."""
+        self._refuse_another()
         completion = await self._engine.chat(request)
         await self.confirm()
         return completion
@@ -51,7 +60,8 @@ class GuardedEngine:
         await self._engine.abort(rids)
 
     async def load(self) -> EngineLoad | None:
-        """As the engine does."""
+        """As the engine does, while it is the one that was attached."""
+        self._refuse_another()
         return await self._engine.load()
 
     async def identify(self) -> str:
@@ -69,9 +79,14 @@ class GuardedEngine:
         """
         identity = await asyncio.shield(self._question())
         if identity != self.facts.identity:
+            self._successor = identity
             self.replaced.set()
+        self._refuse_another()
+
+    def _refuse_another(self) -> None:
+        if self.replaced.is_set():
             raise EngineUnavailable(
-                f"the engine was replaced while it was in use (was {self.facts.identity}, is {identity}); "
+                f"the engine was replaced while it was in use (was {self.facts.identity}, is {self._successor}); "
                 "what it made is not used, since nobody can say which weights made it"
             )
 
@@ -85,4 +100,16 @@ class GuardedEngine:
         if before is not None:
             await asyncio.wait([before])
         self._asking, self._next = self._next, None
-        return await self._engine.identify()
+        try:
+            async with asyncio.timeout(self._patience_s):
+                return await self._identity()
+        except TimeoutError:
+            raise EngineUnavailable(f"the engine did not tell who it is within {self._patience_s:.0f} s") from None
+
+    async def _identity(self) -> str:
+        while True:
+            try:
+                return await self._engine.identify()
+            except EngineUnavailable:
+                # Raises as well where the engine is gone; one that is only silent is asked again.
+                await self._engine.load()

@@ -89,7 +89,8 @@ class AttachedEngine:
         del checkpoint
         key = self._settings.api_key.get_secret_value() if self._settings.api_key else None
         self._engine = GuardedEngine(
-            await HttpEngine.attach(self.url, timeout_s=self._settings.start_timeout_s, api_key=key)
+            await HttpEngine.attach(self.url, timeout_s=self._settings.start_timeout_s, api_key=key),
+            patience_s=self._settings.stall_timeout_s,
         )
         return self._engine
 

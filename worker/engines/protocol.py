@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rollpool.schemas.errors import EngineUnavailable, RollpoolError
 from rollpool.schemas.jobs import Message, SamplingParams
+from rollpool.schemas.results import FinishReason
 
 __all__ = [
     "ChatRequest",
@@ -34,9 +35,6 @@ __all__ = [
 
 #: The two lines of sglang-jax that differ in what they accept and answer.
 Line = Literal["main", "0.0.1.post1"]
-
-#: Why a completion ended. `abort` is seen only for a request that was aborted on purpose.
-FinishReason = Literal["stop", "length", "abort"]
 
 
 class RequestRefused(RollpoolError, ValueError):  # noqa: N818 - the words of the design

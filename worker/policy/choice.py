@@ -61,18 +61,24 @@ class PolicyChoice:
     @property
     def wanted(self) -> Target | None:
         """What an engine that starts now is to serve; None while nothing is known to serve."""
-        if self.newest is not None and self.newest.command not in self._refused:
-            return self.newest
-        return self.last_good or self._initial
+        newest = self.newest
+        if newest is not None and newest.command not in self._refused:
+            return newest
+        return self.last_good or self._before(newest) or self._initial or newest
 
-    def is_change(self, target: Target, version: int) -> bool:
-        """True when a host that serves `version` is to change for `target`."""
-        return target.command not in self._refused and target.policy.version != version
+    def _before(self, newest: Target | None) -> Target | None:
+        """For a host that has served nothing yet: the newest of what the others may be serving."""
+        open_to_try = (target for target in reversed(self.follower.targets) if target.command not in self._refused)
+        return next((target for target in open_to_try if target is not newest), None)
 
-    async def applied(self, target: Target, version: int) -> None:
-        """An engine started for `target` and serves `version`."""
+    def is_change(self, target: Target, serving: Policy) -> bool:
+        """True when a host that serves `serving` is to change for `target`: for its source, not only its version."""
+        return target.command not in self._refused and not target.policy.same_source(serving)
+
+    async def applied(self, target: Target, serving: Policy) -> None:
+        """An engine started for `target` and serves `serving`."""
         self.last_good = target
-        if version == target.policy.version:
+        if target.policy.same_source(serving):
             await self._answer(target, "applied")
 
     async def failed(self, target: Target, error: str) -> bool:
@@ -84,12 +90,15 @@ class PolicyChoice:
 
     async def failed_elsewhere(self, target: Target) -> str | None:
         """Why `target` is not tried here: it failed on a host that works otherwise, and that ends its roll-out."""
+        if not target.command:  # the settings' own model
+            return None
         try:
             for worker, error in await failures_of(self._client, self._keys, target.command):
                 if await works(self._client, self._keys, worker):
                     reason = f"policy {target.policy.version} is not tried here, since it failed on {worker}: {error}"
                     log.error("%s", reason)
-                    await self.failed(target, reason)
+                    await self._answer(target, "failed", reason)
+                    self._refused.add(target.command)
                     return reason
         except RedisError as error:
             log.warning("looking for hosts on which policy %d failed: %s", target.policy.version, error)

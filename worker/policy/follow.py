@@ -6,6 +6,7 @@ connection, reaches the present by itself.
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 
 #: Milliseconds of one blocking read.
 BLOCK_MS = 1000
+
+#: Commands remembered: a host whose newest policy does not start looks so far back for one that may.
+KEPT = 16
 
 #: Seconds between tries while the server is out of reach.
 RETRY_S = 1.0
@@ -42,19 +46,26 @@ class PolicyFollower:
         self._on_command = on_command
         self._last_id = "0"
         self._changed = asyncio.Event()
-        #: None until a policy was published.
-        self.target: Target | None = None
+        #: The last commands, oldest first.
+        self.targets: deque[Target] = deque(maxlen=KEPT)
+
+    @property
+    def target(self) -> Target | None:
+        """The newest; None until a policy was published."""
+        return self.targets[-1] if self.targets else None
 
     async def catch_up(self) -> None:
-        """Read the log to its end."""
-        while await self._read(block=None):
+        """Read the log to its end; of what it says, only the last is news."""
+        while await self._read(block=None, news=False):
             pass
+        if self.target is not None:
+            await self._on_command(self.target)
 
     async def run(self) -> None:
         """Follow until cancelled."""
         while True:
             try:
-                await self._read(block=BLOCK_MS)
+                await self._read(block=BLOCK_MS, news=True)
             except RedisError as error:
                 log.warning("control: %s; trying again", error)
                 await asyncio.sleep(RETRY_S)
@@ -65,20 +76,22 @@ class PolicyFollower:
             self._changed.clear()
             await self._changed.wait()
 
-    async def _read(self, *, block: int | None) -> bool:
+    async def _read(self, *, block: int | None, news: bool) -> bool:
         reply = await self._reader.xread({self._keys.control: self._last_id}, block=block, count=100)
         entries = Entry.from_streams(reply)
         for entry in entries:
             self._last_id = entry.id
-            await self._follow(entry.id, entry.body)
+            await self._follow(entry.id, entry.body, news=news)
         return bool(entries)
 
-    async def _follow(self, command: str, body: bytes) -> None:
+    async def _follow(self, command: str, body: bytes, *, news: bool) -> None:
         try:
             policy = unpack_command(body).policy
         except SchemaMismatch as error:
             log.error("control: command %s is not understood and skipped: %s", command, error)
             return
-        self.target = Target(policy, command)
+        target = Target(policy, command)
+        self.targets.append(target)
         self._changed.set()
-        await self._on_command(self.target)
+        if news:
+            await self._on_command(target)
