@@ -52,7 +52,7 @@ OTHER_VARIABLES = """
 | `ROLLPOOL_RUN` | trainers | Name of the training run; default `default`. |
 | `ROLLPOOL_CONFIG` | workers | The settings file; default `rollpool.toml`. |
 | `ROLLPOOL_CACHE` | `rollpool local`, `rollpool demo`, tests | Where engines, models and JIT caches are kept; default `~/.cache/rollpool`. |
-| `ROLLPOOL_ENGINE_PYTHON` | `rollpool local`, `rollpool demo`, tests | An engine's Python to use in place of the one they install. A worker does not read it: its own is `ROLLPOOL_ENGINE__PYTHON`. |
+| `ROLLPOOL_LOCAL_ENGINE_PYTHON` | `rollpool local`, `rollpool demo`, tests | An engine's Python to use in place of the one they install. A worker does not read it: its own is `ROLLPOOL_ENGINE__PYTHON`. |
 | `RQ_REDIS_URL`, `RQ_WORKER_CLASS` | `rq` | In place of its options `--url` and `--worker-class`. |
 """  # noqa: E501
 

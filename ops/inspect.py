@@ -12,7 +12,7 @@ from redis import Redis
 
 from rollpool.schemas import GROUP, LANES, Keys, WorkerStatus
 
-#: Entries looked at to tell the backlog by policy; beyond it the rest is shown as "more".
+#: Entries looked at to tell the backlog by policy: the oldest, which is what hosts take next.
 SCANNED = 10_000
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from redis import Redis
+from redis.asyncio import BlockingConnectionPool
 from redis.asyncio import Redis as AsyncRedis
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialWithJitterBackoff
@@ -63,7 +64,13 @@ def connect(url: str, *, timeout_s: float = SOCKET_TIMEOUT_S, retries: int = RET
 def connect_async(url: str, *, timeout_s: float = SOCKET_TIMEOUT_S) -> AsyncRedis:
     """An asyncio client. Raises SettingsError on a malformed URL."""
     retry = AsyncRetry(_backoff(), RETRIES)
-    return _checked(lambda: AsyncRedis.from_url(url, socket_timeout=timeout_s, retry=retry, **_OPTIONS), url)
+    return _checked(
+        lambda: AsyncRedis.from_pool(
+            # Beyond its limit it waits for a connection, where the default pool would raise.
+            BlockingConnectionPool.from_url(url, timeout=None, socket_timeout=timeout_s, retry=retry, **_OPTIONS)
+        ),
+        url,
+    )
 
 
 def _backoff() -> ExponentialWithJitterBackoff:

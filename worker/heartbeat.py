@@ -5,6 +5,8 @@ Invariant: a heartbeat expires soon after its host stops; whoever is listed is a
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable
 
 from redis.asyncio import Redis
@@ -61,12 +63,26 @@ class Heartbeat:
         await self._client.delete(self._keys.worker(name))
 
 
-async def anyone_serves(client: Redis, keys: Keys, version: int) -> bool:
-    """True when a listed host serves `version`."""
-    async for key in client.scan_iter(match=keys.worker("*"), count=1000):
-        if await client.hget(key, "policy") == str(version).encode():
-            return True
-    return False
+class Neighbours:
+    """What the listed hosts serve, looked up at most once a heartbeat: they do not say it more often."""
+
+    def __init__(
+        self, client: Redis, keys: Keys, *, every_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._every_s = every_s
+        self._clock = clock
+        self._seen_at = -math.inf
+        self._versions: set[bytes] = set()
+
+    async def anyone_serves(self, version: int) -> bool:
+        """True when a listed host serves `version`."""
+        if self._clock() - self._seen_at >= self._every_s:
+            keys = self._client.scan_iter(match=self._keys.worker("*"), count=1000)
+            self._versions = {await self._client.hget(key, "policy") or b"" async for key in keys}
+            self._seen_at = self._clock()
+        return str(version).encode() in self._versions
 
 
 async def works(client: Redis, keys: Keys, name: str) -> bool:

@@ -24,12 +24,12 @@ from rollpool.worker.clock import ServerClock
 from rollpool.worker.credits import concurrency_target
 from rollpool.worker.engines.protocol import Engine, EngineOwner
 from rollpool.worker.generator import Generator
-from rollpool.worker.heartbeat import Heartbeat, anyone_serves
+from rollpool.worker.heartbeat import Heartbeat, Neighbours
 from rollpool.worker.held import HeldJob
 from rollpool.worker.holdings import Holdings
 from rollpool.worker.leases import Incarnation
 from rollpool.worker.policy import ChangeTurn, PolicyChoice, Target
-from rollpool.worker.puller import Budgets, Puller
+from rollpool.worker.puller import Puller
 from rollpool.worker.saturation import Saturation
 from rollpool.worker.settings import WorkerSettings
 from rollpool.worker.tasks import cancelled, first_of, unless
@@ -108,11 +108,12 @@ class Host:
             server_clock=self._server_clock,
             on_change=self._nudge,
             on_gone=self._drop,
-            on_bug=self._broken,
+            on_bug=self.fail,
         )
         self._heartbeat = Heartbeat(
             self._client, self._keys, self._server_clock, every_s=settings.heartbeat_s, status=self.status
         )
+        self._neighbours = Neighbours(self._client, self._keys, every_s=settings.heartbeat_s)
         self.paused: Callable[[], bool] = lambda: False
 
     def _initial(self) -> Policy | None:
@@ -297,14 +298,14 @@ class Host:
             keys=self._keys,
             consumer=self._me.consumer,
             version=policy.version,
-            budgets=Budgets(attempts=self._settings.max_attempts, faults=self._settings.max_faults),
+            max_attempts=self._settings.max_attempts,
             encoder=encoder,
             generator=generator,
             settler=self._holdings.settler,
             server_clock=self._server_clock,
             hold=self._holdings.hold,
             know_streams=self._holdings.know_streams,
-            anyone_serves=lambda version: anyone_serves(self._client, self._keys, version),
+            anyone_serves=self._neighbours.anyone_serves,
             paused=lambda: self.paused(),
             on_backlog=self._observe,
         )
@@ -425,8 +426,8 @@ class Host:
         if self._session is not None:
             self._session.generator.drop(held)
 
-    def _broken(self, bug: BaseException) -> None:
-        """Stop at once, and let it be seen."""
+    def fail(self, bug: BaseException) -> None:
+        """A part of this worker ended that never may: stop at once, and let it be seen."""
         self._bug = self._bug or bug
         self.stop_now()
 

@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
@@ -39,14 +38,6 @@ LOOK_AGAIN_S = 0.25
 UNSETTLED_LIMIT = 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budgets:
-    """How often a job may be lost with its host, and be at fault itself."""
-
-    attempts: int
-    faults: int
-
-
 class Puller:
     """The pulling side of one host, for as long as it serves one policy version."""
 
@@ -58,7 +49,7 @@ class Puller:
         keys: Keys,
         consumer: str,
         version: int,
-        budgets: Budgets,
+        max_attempts: int,
         encoder: PromptEncoder,
         generator: Generator,
         settler: Settler,
@@ -75,7 +66,7 @@ class Puller:
         self._keys = keys
         self._consumer = consumer
         self._version = version
-        self._budgets = budgets
+        self._max_attempts = max_attempts
         self._encoder = encoder
         self._generator = generator
         self._settler = settler
@@ -192,8 +183,7 @@ class Puller:
                 entry,
                 version=self._version,
                 now_ms=self._server_clock.now_ms(),
-                max_attempts=self._budgets.attempts,
-                max_faults=self._budgets.faults,
+                max_attempts=self._max_attempts,
             )
             if isinstance(verdict, Bury):
                 self._bury(entry, verdict.error)

@@ -6,6 +6,7 @@ client does runs on a thread, since it blocks.
 """
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -98,12 +99,15 @@ class RolloutWorker(SimpleWorker):
         self._install_async_signal_handlers(host)
         books = asyncio.create_task(self._keep_books(host))
         limits = asyncio.create_task(_stop_at_limits(host, burst, max_jobs, max_idle_time))
+        for task in (books, limits):
+            task.add_done_callback(lambda ended: _tell_bug(host, ended))
         try:
             await host.run()
         finally:
             for task in (books, limits):
                 task.cancel()
-            await asyncio.to_thread(self._count, host)
+            with contextlib.suppress(RedisError):
+                await asyncio.to_thread(self._count, host)
 
     def _install_async_signal_handlers(self, host: Host) -> None:
         """First signal: warm stop; second: cold. RQ's `shutdown` command arrives here too, as SIGINT."""
@@ -173,6 +177,11 @@ class RolloutWorker(SimpleWorker):
         if hostname != socket.gethostname() or not pid.isdecimal() or not birth:
             return False
         return int(pid) == self.pid or process_ended(int(pid), alive_at=utcparse(birth).timestamp())
+
+
+def _tell_bug(host: Host, ended: "asyncio.Task[None]") -> None:
+    if not ended.cancelled() and (bug := ended.exception()) is not None:
+        host.fail(bug)
 
 
 async def _stop_at_limits(host: Host, burst: bool, max_jobs: int | None, max_idle_time: int | None) -> None:

@@ -25,7 +25,7 @@ PREFIX = "ROLLPOOL_"
 DEFAULT_FILE = Path("rollpool.toml")
 
 #: Variables with our prefix that are not a host's settings: the trainer's, and those of the local tools.
-_OTHERS = {"CONFIG", "POOL", "RUN", "CACHE", "ENGINE_PYTHON", "LIFELINE_FD"}
+_OTHERS = {"CONFIG", "POOL", "RUN", "CACHE", "LOCAL_ENGINE_PYTHON", "LIFELINE_FD"}
 
 
 class WorkerSettings(BaseSettings):
@@ -47,8 +47,6 @@ class WorkerSettings(BaseSettings):
     heartbeat_s: float = Field(default=2.0, ge=0.05, le=3600.0)
     #: Workers and engines a job may lose before it is dead: NeMo-RL's budget for its infrastructure.
     max_attempts: int = Field(default=5, ge=1)
-    #: Faults of its own a job may have before it is dead.
-    max_faults: int = Field(default=2, ge=1)
     #: Work in flight may finish for so long before a stop or a policy change gives it back. Preemption of a TPU VM
     #: leaves 30 s in all.
     drain_s: float = Field(default=20.0, ge=0.0, le=86400.0)

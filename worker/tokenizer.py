@@ -61,7 +61,9 @@ def _locate(model: str, name: str) -> Path | None:
 
     try:
         return Path(hf_hub_download(model, name))
-    except (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError):  # HFValidationError: a path or a URL
+    except LocalEntryNotFoundError:  # the hub cannot be reached: nothing is known of the file
+        raise
+    except (EntryNotFoundError, HFValidationError):  # HFValidationError: a path or a URL
         return None
 
 

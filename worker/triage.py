@@ -58,7 +58,7 @@ class Bury:
 Verdict = Run | Park | Passed | Expire | Fail | Bury
 
 
-def triage(entry: Entry, *, version: int, now_ms: int, max_attempts: int, max_faults: int) -> Verdict:
+def triage(entry: Entry, *, version: int, now_ms: int, max_attempts: int) -> Verdict:
     """Judge one entry for a host that serves policy `version`.
 
     Args:
@@ -66,7 +66,6 @@ def triage(entry: Entry, *, version: int, now_ms: int, max_attempts: int, max_fa
         version: the policy version this host serves.
         now_ms: server time, milliseconds.
         max_attempts: workers or engines a job may lose before it fails.
-        max_faults: faults of its own a job may have before it fails.
     """
     try:
         job = unpack_job(entry.body)
@@ -80,8 +79,6 @@ def triage(entry: Entry, *, version: int, now_ms: int, max_attempts: int, max_fa
         return Expire(job)
     if entry.attempts >= max_attempts:
         return Fail(job, f"{entry.attempts} workers or engines were lost while they had this job")
-    if entry.faults >= max_faults:
-        return Fail(job, f"the job was at fault {entry.faults} times")
     if job.may_run_on(version):
         return Run(job)
     if version < job.oldest_version:

@@ -29,7 +29,7 @@ from rollpool.ops.local.child import dies_with_us
 from rollpool.schemas.errors import RollpoolError
 
 CACHE_ENV = "ROLLPOOL_CACHE"
-PYTHON_ENV = "ROLLPOOL_ENGINE_PYTHON"
+PYTHON_ENV = "ROLLPOOL_LOCAL_ENGINE_PYTHON"
 
 ENGINE_VERSION = "0.0.1.post1"
 # The release's own requirements bring all that serving on CPU needs, and pin what must be pinned (jax 0.6.2,
@@ -60,7 +60,7 @@ _print: Echo = functools.partial(print, flush=True)
 def ensure_engine_env(root: Path | None = None, *, echo: Echo = _print) -> Path:
     """Return the Python of an environment that holds the CPU engine, making it if need be.
 
-    Callers in other processes wait for the one that is making it. `ROLLPOOL_ENGINE_PYTHON`, where set, is
+    Callers in other processes wait for the one that is making it. `ROLLPOOL_LOCAL_ENGINE_PYTHON`, where set, is
     returned as it is: nothing is installed or checked.
 
     Args:
@@ -71,7 +71,7 @@ def ensure_engine_env(root: Path | None = None, *, echo: Echo = _print) -> Path:
         The path of the environment's Python.
 
     Raises:
-        RollpoolError: `ROLLPOOL_ENGINE_PYTHON` names no file, or the environment could not be made; the
+        RollpoolError: `ROLLPOOL_LOCAL_ENGINE_PYTHON` names no file, or the environment could not be made; the
             message has the end of pip's output.
     """
     if given := os.environ.get(PYTHON_ENV):

@@ -1,4 +1,5 @@
--- Pull jobs for one host: first those parked for a policy it serves, then the backlog, lane by lane.
+-- Pull jobs for one host, lane by lane. What was parked for a policy it serves, or waited for a time that is over, goes
+-- back to the end of its lane first.
 -- KEYS: parked (sorted set), delayed (sorted set), then jobs streams in the order to read them.
 -- ARGV: consumer, jobs wanted, policy version served, prefix of batch keys.
 -- Entries whose job is settled already (cancelled, or finished by another host) are discarded here.

@@ -64,7 +64,6 @@ class Scene:
         self.stream = keys.jobs("r", "default")
         self.lost: list[Entry] = []
         self.bugs: list[BaseException] = []
-        self.bugs: list[BaseException] = []
 
     async def put(self, count: int) -> None:
         jobs = [job(index) for index in range(count)]

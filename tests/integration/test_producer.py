@@ -485,6 +485,25 @@ async def test_a_published_policy_is_the_current_one(pool):
     assert await pool.publish_policy(3, checkpoint="/weights/3") == published
 
 
+async def test_two_versions_of_one_path_are_refused(pool: AsyncRolloutPool) -> None:
+    await pool.publish_policy(1, checkpoint="/checkpoints/latest")
+    with pytest.raises(PolicyRejected, match="that of policy 1 already"):
+        await pool.publish_policy(2, checkpoint="/checkpoints/latest")
+    assert (await pool.publish_policy(1, checkpoint="/checkpoints/latest")).version == 1
+
+
+async def test_more_batches_are_collected_at_once_than_there_are_connections(pool: AsyncRolloutPool) -> None:
+    batches = [await pool.enqueue_prompts(["x"], policy_version=0) for _ in range(120)]
+
+    async def collected(batch):
+        try:
+            return str([group async for group in batch.collect(timeout=2)])
+        except PoolTimeout:
+            return "waited"
+
+    assert set(await asyncio.gather(*map(collected, batches))) == {"waited"}
+
+
 @pytest.mark.parametrize(
     ("version", "checkpoint", "why"),
     [

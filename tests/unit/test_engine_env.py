@@ -273,7 +273,7 @@ def test_a_python_that_cannot_make_environments_says_what_it_lacks(
         raise subprocess.CalledProcessError(1, [sys.executable, "-m", "ensurepip"])
 
     monkeypatch.setattr(venv.EnvBuilder, "create", no_ensurepip)
-    with pytest.raises(RollpoolError, match=r"python3-venv.*or set ROLLPOOL_ENGINE_PYTHON"):
+    with pytest.raises(RollpoolError, match=r"python3-venv.*or set ROLLPOOL_LOCAL_ENGINE_PYTHON"):
         ensure_engine_env(tmp_path, echo=quiet)
 
 

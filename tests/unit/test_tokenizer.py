@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import job
+from tokenizers import Tokenizer
 
 from rollpool.ops.local.tiny_model import VOCAB_SIZE, make_tiny_model
 from rollpool.schemas import Message
@@ -53,6 +54,16 @@ def test_text_becomes_int32_ids(tiny: Path) -> None:
     assert ids.dtype == np.int32
     assert ids.size > 0
     assert ids.tolist() != encoder.encode("hello ").tolist()
+
+
+def test_the_truncation_and_padding_saved_with_a_tokenizer_are_of_its_training(checkpoint: Path) -> None:
+    whole = PromptEncoder(str(checkpoint)).encode("a prompt of many tokens")
+    path = str(checkpoint / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=6)
+    tokenizer.save(path)
+    assert PromptEncoder(str(checkpoint)).encode("a prompt of many tokens").tolist() == whole.tolist()
 
 
 def test_messages_become_the_ids_of_the_rendered_template(tiny: Path) -> None:

@@ -15,7 +15,7 @@ from rollpool.worker.triage import Bury, Expire, Fail, Park, Passed, Run, Verdic
 
 
 def judged(entry: Entry, *, version: int = 0, now_ms: int = 0) -> Verdict:
-    return triage(entry, version=version, now_ms=now_ms, max_attempts=3, max_faults=2)
+    return triage(entry, version=version, now_ms=now_ms, max_attempts=3)
 
 
 tags = st.fixed_dictionaries(
@@ -105,14 +105,11 @@ def test_a_job_past_its_deadline_expires_whatever_its_tag_and_attempts() -> None
     [
         ({"attempts": b"2"}, Run),
         ({"attempts": b"3"}, Fail),
-        ({"faults": b"1"}, Run),
-        ({"faults": b"2"}, Fail),
-        ({"attempts": b"2", "faults": b"1"}, Run),
         ({"attempts": b"-3"}, Run),
         ({"attempts": b"9" * 5000, "faults": b"x"}, Run),
     ],
 )
-def test_attempts_and_faults_have_budgets_of_their_own(counts: dict[str, Any], verdict: type[Verdict]) -> None:
+def test_a_job_that_was_lost_too_often_fails(counts: dict[str, Any], verdict: type[Verdict]) -> None:
     assert isinstance(judged(entry_of(job(), **counts)), verdict)
 
 
