@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 import uuid
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -116,7 +117,7 @@ async def bare_work(url: str, jobs: int) -> float:
     begin = time.perf_counter()
     done = 0
     while done < jobs:
-        reply = await client.xreadgroup("g", "w", {"bare": ">"}, count=AT_ONCE)
+        reply: Any = await client.xreadgroup("g", "w", {"bare": ">"}, count=AT_ONCE)
         entries = reply[0][1]
         answers = await asyncio.gather(*(asyncio.create_task(handle(fields[b"body"])) for _, fields in entries))
         pipe = client.pipeline(transaction=False)

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -80,7 +81,8 @@ class Neighbours:
         """True when a listed host serves `version`."""
         if self._clock() - self._seen_at >= self._every_s:
             keys = self._client.scan_iter(match=self._keys.worker("*"), count=1000)
-            self._versions = {await self._client.hget(key, "policy") or b"" async for key in keys}
+            found: list[Any] = [await self._client.hget(key, "policy") async for key in keys]
+            self._versions = set(found)
             self._seen_at = self._clock()
         return str(version).encode() in self._versions
 

@@ -173,7 +173,7 @@ async def test_a_deadline_is_a_time_of_the_server(pool, redis_client, keys):
     await pool.enqueue_prompts(["a"], policy_version=0, deadline=100.0)
     seconds, _ = await redis_client.time()
     ((_, fields),) = await redis_client.xrange(keys.jobs("r", "default"))
-    assert abs(unpack_job(fields[b"body"]).deadline_ms / 1000 - (seconds + 100)) < LONG
+    assert abs(unpack_job(fields[b"body"]).deadline_ms / 1000 - (seconds + 100)) < LONG  # type: ignore[operator]
 
 
 async def test_a_full_backlog_refuses_the_batch_whole(redis_url, redis_client, keys):
@@ -601,13 +601,13 @@ async def test_it_works_where_a_loop_is_running_as_in_a_notebook(blocking_pool, 
 def test_ctrl_c_ends_the_wait_and_loses_nothing(blocking_pool, redis_url, keys):
     batch = blocking_pool.enqueue_prompts(["a", "b", "c"], policy_version=0)
     work_blocking(redis_url, keys, most=1)
-    seen = []
+    seen: list[int] = []
 
     def press():
         with Redis.from_url(redis_url) as client:
             while client.info("clients")["blocked_clients"] == 0:
                 pass
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
 
     presser = threading.Thread(target=press)
     presser.start()

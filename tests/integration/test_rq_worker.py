@@ -380,6 +380,6 @@ def test_the_pools_url_is_that_of_rqs_connection(url: str) -> None:
 
 
 def test_a_sentinel_is_refused_by_name_since_its_server_is_not_known() -> None:
-    client = Sentinel([("localhost", 26379)]).master_for("mymaster")  # type: ignore[no-untyped-call]
+    client = Sentinel([("localhost", 26379)]).master_for("mymaster")
     with pytest.raises(SettingsError, match="ROLLPOOL_URL"):
         rq_worker._url_of(client)

@@ -75,8 +75,8 @@ def test_every_token_that_fits_is_once_at_its_place(made, length):
 @given(st.lists(groups(), max_size=3))
 def test_dtypes_are_those_a_step_was_compiled_for(made):
     packed = pack(made, length=8)
-    assert (packed.ids.dtype, packed.versions.dtype, packed.logprobs.dtype) == (np.int32, np.int32, np.float32)
-    assert (packed.mask.dtype, packed.valid.dtype, packed.filtered.dtype) == (bool, bool, bool)
+    assert (packed.ids.dtype, packed.versions.dtype, packed.logprobs.dtype) == (np.int32, np.int32, np.float32)  # type: ignore[comparison-overlap]
+    assert (packed.mask.dtype, packed.valid.dtype, packed.filtered.dtype) == (bool, bool, bool)  # type: ignore[comparison-overlap]
     assert {array.dtype for array in (packed.prompt_lengths, packed.lengths, packed.group)} == {np.dtype(np.int32)}
 
 
