@@ -9,13 +9,19 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+#: Seconds before a task that goes on is cancelled again. Python before 3.12 loses a cancellation that comes as
+#: `asyncio.wait_for` returns (gh-86296), and redis-py sends every command under it. Longer than an engine takes to end,
+#: which a second cancellation would leave to itself.
+CANCEL_AGAIN_S = 5.0
+
 
 async def cancelled(tasks: Sequence["asyncio.Task[Any]"]) -> None:
     """Cancel tasks, and return when they have ended; those that ended before keep their results."""
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
 
 
 async def first_of(*waits: Coroutine[Any, Any, Any], timeout: float | None = None) -> None:

@@ -13,6 +13,7 @@ from redis.asyncio.lock import Lock
 from redis.exceptions import LockError, RedisError
 
 from rollpool.schemas import Keys
+from rollpool.worker.tasks import cancelled
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ class ChangeTurn:
         """Free the turn, whether it was got or not; harmless to repeat."""
         if self._renewal is None:
             return
-        self._renewal.cancel()
-        self._renewal = None
+        renewal, self._renewal = self._renewal, None
+        await cancelled([renewal])
         with contextlib.suppress(RedisError):  # never got, or lost; out of reach: the lease ends by itself
             await self._lock.do_release(self._token)
 
