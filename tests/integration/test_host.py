@@ -490,7 +490,7 @@ async def test_a_policy_that_does_not_start_is_rolled_back_and_the_old_one_serve
     assert {group.samples[0].version_spans[0].version for group in groups} == {0}
     assert await stage.acks() == ["w received 1", "w failed 1"]
     assert (await stage.server.xrange(stage.keys.acks))[-1][1][b"error"] == b"out of memory"
-    assert await not_there(stage)
+    await until(lambda: not_there(stage))
     await stage.pool.publish_policy(2, checkpoint="/policy/2")  # the next one is tried again
     await until(lambda: host.status().policy == 2)
 
@@ -508,7 +508,7 @@ async def test_a_policy_whose_checkpoint_is_not_there_costs_the_serving_engine_n
     assert owner.opened == ["/policy/0"]
     assert host.status().policy == 0
     assert "no model at /policy/1" in host.status().error
-    assert await not_there(stage)
+    await until(lambda: not_there(stage))
 
 
 async def test_a_policy_that_failed_on_one_host_is_not_tried_on_the_others(stage: Stage) -> None:
@@ -523,7 +523,7 @@ async def test_a_policy_that_failed_on_one_host_is_not_tried_on_the_others(stage
     await until(lambda: all(host.status().state == "serving" for host in hosts))
     assert sorted(len(owner.opened) for owner in owners) == [1, 3]
     await until(lambda: any("not tried here, since it failed on" in host.status().error for host in hosts))
-    assert await not_there(stage)
+    await until(lambda: not_there(stage))
 
 
 async def test_a_checkpoint_with_a_broken_template_is_a_policy_that_does_not_start(
