@@ -24,10 +24,10 @@ from rollpool.schemas.keys import Keys
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 DEFAULT_POOL = "default"
 
-#: Seconds a command may take. Enqueueing a batch of 100 MB takes the server about one.
+#: Seconds a command may take: the longest is enqueueing a batch of hundreds of megabytes.
 SOCKET_TIMEOUT_S = 20.0
 
-#: Retries of a command whose connection broke, over about 6 s: a server that restarts is back by then. Every
+#: Retries of a command whose connection broke, over some seconds: long enough for a server that restarts. Every
 #: script may be repeated, so a retry after a lost reply is harmless.
 RETRIES = 6
 _BACKOFF_CAP_S = 2.0

@@ -40,8 +40,8 @@ class WorkerSettings(BaseSettings):
     #: Samples kept in the engine, over what it runs at once: a quarter more than it runs waits inside it, so that it
     #: never idles for a round trip to the server.
     oversubscription: float = Field(default=1.25, ge=1.0, le=16.0)
-    #: A job not renewed for so long is returned. With three reclaim rounds a lease it runs elsewhere within about
-    #: 1.3 leases of its host's death; a live host renews four times a lease.
+    #: A job not renewed for so long is returned. A live host renews four times a lease, and looks as often
+    #: for what others lost, so a job of a dead host is back in its lane within 1.25 leases.
     lease_s: float = Field(default=10.0, ge=0.5, le=3600.0)
     #: Seconds between heartbeats; a worker that misses five is listed no more.
     heartbeat_s: float = Field(default=2.0, ge=0.05, le=3600.0)

@@ -21,8 +21,7 @@ log = logging.getLogger(__name__)
 
 Reply = TypeVar("Reply")
 
-#: Jobs in one call of a script: larger ones keep the server busy longer without being faster (a round trip is about
-#: the time of 20 settlements).
+#: Jobs in one call of a script: bounds how long one call keeps the server busy.
 BATCH = 128
 
 #: Tokens in one call, about: some 30 MB. A server drops a client that sends a gigabyte at once, which a host that kept

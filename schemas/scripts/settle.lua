@@ -54,7 +54,7 @@ for at = 2, #ARGV, ARGS do
   end
 end
 
--- The counters move once a call, and the entries go together: a third of the cost of doing it job by job.
+-- The counters move once a call, and the entries go together: fewer commands than job by job.
 for key, fields in pairs(counts) do
   for field, amount in pairs(fields) do redis.call('HINCRBY', key, field, amount) end
 end

@@ -177,13 +177,17 @@ async def test_every_job_is_settled_once(stage: Stage) -> None:
 
 
 async def test_two_hosts_share_the_work_and_settle_each_job_once(stage: Stage) -> None:
+    owners = [FakeOwner(holding=True) for _ in range(2)]
+    hosts = [await stage.host(owner, name) for owner, name in zip(owners, ("one", "two"), strict=True)]
     await stage.enqueue(100, batch_id="b")
-    first = await stage.host(FakeOwner(), "one")
-    second = await stage.host(FakeOwner(), "two")
-    await stage.enqueue(100, batch_id="c")
+    await until(lambda: all(owner.engine.open for owner in owners))
+    for owner in owners:
+        owner.engine.reply = lambda _: completion()
+        for call in list(owner.engine.open.values()):
+            call.answer.set_result(completion())
     await stage.settled("b", *["ok"] * 100)
-    await stage.settled("c", *["ok"] * 100)
-    await until(lambda: first.settled + second.settled == 200)
+    await until(lambda: sum(host.settled for host in hosts) == 100)
+    assert all(host.settled > 0 for host in hosts)
 
 
 async def test_a_job_larger_than_the_target_runs_whole(stage: Stage) -> None:
