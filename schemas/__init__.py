@@ -17,6 +17,7 @@ from rollpool.schemas.jobs import LANES, Lane, Message, Prompt, PromptJob, Sampl
 from rollpool.schemas.keys import GROUP, Keys
 from rollpool.schemas.policies import Policy
 from rollpool.schemas.results import OUTCOMES, FinishReason, Group, Outcome, Sample, VersionSpan
+from rollpool.schemas.staleness import StalenessRule
 from rollpool.schemas.status import WorkerState, WorkerStatus
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "SamplingParams",
     "SchemaMismatch",
     "SettingsError",
+    "StalenessRule",
     "VersionSpan",
     "WorkerState",
     "WorkerStatus",

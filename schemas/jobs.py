@@ -143,8 +143,13 @@ class PromptJob(BaseModel):
     #: Position of the prompt in its batch.
     index: int = Field(ge=0)
     prompt: Prompt
-    #: Samples of this prompt: the group.
+    #: Samples of this prompt: the group, or one part of it.
     n: int = Field(default=1, ge=1)
+    #: Into how many jobs the group is split, each of `n` samples, and which of them this is.
+    parts: int = Field(default=1, ge=1)
+    part: int = Field(default=0, ge=0)
+    #: Samples with which the group settles `ok` when the rest cannot be had; None: all `n`.
+    min_samples: int | None = Field(default=None, ge=1)
     sampling: SamplingParams = SamplingParams()
     lane: Lane = "default"
     policy_version: int = Field(ge=0)
@@ -158,10 +163,26 @@ class PromptJob(BaseModel):
     #: The trainer's own; comes back with the group. Anything msgpack carries.
     metadata: Any = None
 
+    @model_validator(mode="after")
+    def _whole(self) -> "PromptJob":
+        if self.part >= self.parts:
+            raise ValueError(f"part: {self.part} of {self.parts} parts does not exist; parts count from 0")
+        if self.min_samples is not None and self.min_samples > self.n:
+            raise ValueError(f"min_samples: {self.min_samples} is over n={self.n}")
+        if self.min_samples is not None and self.parts > 1:
+            raise ValueError("min_samples: a split group is put together whole; leave out split or min_samples")
+        return self
+
     @property
     def id(self) -> str:
-        """The job's name in streams, logs and dead letters."""
-        return f"{self.batch}/{self.index}"
+        """The job's name in streams, logs and dead letters: `BATCH/INDEX`, and `#PART` where the group is split."""
+        name = f"{self.batch}/{self.index}"
+        return name if self.parts == 1 else f"{name}#{self.part}"
+
+    @property
+    def fewest_samples(self) -> int:
+        """Samples with which it may settle `ok`."""
+        return self.n if self.min_samples is None else self.min_samples
 
     @property
     def oldest_version(self) -> int:

@@ -4,6 +4,7 @@ Invariant: all keys of a pool share one cluster hash tag, `{POOL}`, so that one 
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rollpool.schemas.errors import SettingsError
@@ -34,24 +35,71 @@ class Keys:
         """The jobs streams of one run, most urgent first."""
         return [self.jobs(run, lane) for lane in LANES]
 
+    def streams(self, runs: Iterable[str]) -> list[str]:
+        """Every stream on which a job of these runs can be in somebody's hands."""
+        return [self.retries, *(stream for run in runs for stream in self.lanes(run))]
+
+    @property
+    def prefix(self) -> str:
+        """What all keys of the pool begin with."""
+        return self._key("")
+
+    @property
+    def retries(self) -> str:
+        """Stream: jobs that waited off their lane and were given to a host; every entry is in somebody's hands."""
+        return self._key("retries")
+
+    @property
+    def waiting(self) -> str:
+        """Hash: what `retries` is fed from, the fields of each waiting job by its name `RUN:LANE:BATCH/INDEX`."""
+        return self._key("waiting")
+
+    def ready(self, run: str, lane: str) -> str:
+        """List: names of waiting jobs that a host takes before the backlog of their lane."""
+        return self._key("ready", run, lane)
+
     @property
     def parked(self) -> str:
-        """Sorted set: jobs that wait for a policy version, scored by it."""
+        """Sorted set: names of jobs that wait for a policy version or a newer one, scored by it."""
         return self._key("parked")
 
     @property
+    def exact(self) -> str:
+        """Sorted set: names of jobs that wait for a host on one policy version alone, scored by it."""
+        return self._key("exact")
+
+    @property
     def delayed(self) -> str:
-        """Sorted set: jobs that wait for a time, scored by it in milliseconds of server time."""
+        """Sorted set: names of jobs that wait for a time, scored by it in milliseconds of server time."""
         return self._key("delayed")
+
+    @property
+    def deadlines(self) -> str:
+        """Sorted set: batches `RUN:ID` with a deadline, scored by it in milliseconds of server time."""
+        return self._key("deadlines")
+
+    @property
+    def fair(self) -> str:
+        """String: the pool's virtual time, by which a run that was idle joins the others."""
+        return self._key("fair")
+
+    @property
+    def sweep(self) -> str:
+        """String with a lease: the worker that looks for what others lost, now; the others need not."""
+        return self._key("sweep")
+
+    @property
+    def ended(self) -> str:
+        """Channel: `RUN:ID` of batches of which jobs were cancelled or ended by the server."""
+        return self._key("ended")
 
     def batch(self, run: str, batch: str) -> str:
         """Hash: each job's state, the content hash, counts."""
         return self._key("batches", run, batch)
 
-    @property
-    def batch_prefix(self) -> str:
-        """What precedes `RUN:ID` in a batch's key; the pull script completes it."""
-        return self._key("batches", "")
+    def parts(self, run: str, batch: str) -> str:
+        """Hash: finished parts of split groups that are not put together yet."""
+        return self._key("parts", run, batch)
 
     def open_batches(self, run: str) -> str:
         """Sorted set: batches of a run that are not committed, by time of enqueueing."""
@@ -67,7 +115,7 @@ class Keys:
         return self._key("runs")
 
     def run(self, run: str) -> str:
-        """Hash: counters of one run."""
+        """Hash: weight, counters, and bytes of results that wait to be read, of one run."""
         return self._key("runs", run)
 
     @property

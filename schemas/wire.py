@@ -7,17 +7,17 @@ its schema number: an unknown major is refused, unknown fields of a newer minor 
 
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rollpool.schemas.commands import Command
 from rollpool.schemas.errors import SchemaMismatch
 from rollpool.schemas.jobs import PromptJob
-from rollpool.schemas.results import Group
+from rollpool.schemas.results import Group, Sample
 
 #: Major version of every body. A change that an older reader would misread raises it.
 SCHEMA = 1
@@ -104,6 +104,23 @@ def unpack_job(body: bytes) -> PromptJob:
 def unpack_group(body: bytes) -> Group:
     """Raises SchemaMismatch when the body is not a group of this schema."""
     return _unpack_model(body, Group)
+
+
+def pack_samples(samples: Mapping[int, Sample]) -> bytes:
+    """Encode the finished samples of a job that goes elsewhere, by position in the group."""
+    return pack({"schema": SCHEMA, "samples": [[index, sample] for index, sample in sorted(samples.items())]})
+
+
+def unpack_samples(body: bytes) -> dict[int, Sample]:
+    """Raises SchemaMismatch when the body is not one of `pack_samples`."""
+    done = _unpack_model(body, _Done)
+    return dict(done.samples)
+
+
+class _Done(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    samples: list[Annotated[tuple[int, Sample], Field(strict=False)]]
 
 
 def unpack_command(body: bytes) -> Command:

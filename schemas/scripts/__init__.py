@@ -5,28 +5,43 @@ killed at any point.
 """
 
 from rollpool.schemas.scripts.base import Script
-from rollpool.schemas.scripts.commit import commit
+from rollpool.schemas.scripts.commit import commit, mark_read
 from rollpool.schemas.scripts.enqueue import Enqueued, enqueue
-from rollpool.schemas.scripts.entries import Entry
-from rollpool.schemas.scripts.give_back import GiveBack, give_back
-from rollpool.schemas.scripts.leases import reclaim, renew
+from rollpool.schemas.scripts.entries import Entry, Record
+from rollpool.schemas.scripts.finish import expire, expire_async, finish, sweep
+from rollpool.schemas.scripts.give_back import READY, GiveBack, Place, delayed, exact, give_back, parked
+from rollpool.schemas.scripts.leases import reclaim, renew, renew_async
 from rollpool.schemas.scripts.publish import publish
-from rollpool.schemas.scripts.pull import pull
-from rollpool.schemas.scripts.settle import Settled, Settlement, settle
+from rollpool.schemas.scripts.pull import Pulled, pull
+from rollpool.schemas.scripts.settle import PART, Settled, Settlement, settle
 
 __all__ = [
+    "PART",
+    "READY",
     "Enqueued",
     "Entry",
     "GiveBack",
+    "Place",
+    "Pulled",
+    "Record",
     "Script",
     "Settled",
     "Settlement",
     "commit",
+    "delayed",
     "enqueue",
+    "exact",
+    "expire",
+    "expire_async",
+    "finish",
     "give_back",
+    "mark_read",
+    "parked",
     "publish",
     "pull",
     "reclaim",
     "renew",
+    "renew_async",
     "settle",
+    "sweep",
 ]

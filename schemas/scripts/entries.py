@@ -1,24 +1,57 @@
-"""An entry of a jobs stream, as a host holds it.
+"""An entry of a jobs stream, as a host holds it, and what delivery has cost its job so far.
 
 Invariant: an `Entry` is what was on the stream, unjudged; whether its body is a job is decided by the puller, so that
-entries anyone could add by hand harm nobody.
+entries anyone could add by hand harm nobody. Counts that somebody made up are read as none.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Fields of an entry. The first five are for people, the last two count what delivery cost so far.
-JOB, POLICY, N, RUN, PREVIEW, BODY, ATTEMPTS = (
-    b"job",
-    b"policy",
-    b"n",
-    b"run",
-    b"preview",
-    b"body",
-    b"attempts",
-)
-FAULTS = b"faults"
+#: Fields of an entry. All but the body are for people.
+JOB, POLICY, N, RUN, LANE, PREVIEW, BODY = (b"job", b"policy", b"n", b"run", b"lane", b"preview", b"body")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What delivery has cost one job so far; carried by its entry wherever it goes."""
+
+    #: Losses charged to the infrastructure: a worker that died, a connection that broke.
+    attempts: int = 0
+    #: Losses charged to the job: an engine that died of it alone.
+    faults: int = 0
+    #: Losses for whatever reason.
+    losses: int = 0
+    #: Jobs that may be in one engine while it runs, itself included; None: as many as there is room for.
+    company: int | None = None
+    #: The worker that lost it last: another one is to try it, where there is one.
+    avoid: str = ""
+    #: A line for each loss, the last ones.
+    history: str = ""
+
+    def fields(self) -> dict[str, str | int]:
+        """As fields of an entry."""
+        company = "" if self.company is None else self.company
+        return {
+            "attempts": self.attempts,
+            "faults": self.faults,
+            "losses": self.losses,
+            "company": company,
+            "avoid": self.avoid,
+            "history": self.history,
+        }
+
+    @classmethod
+    def of(cls, fields: dict[bytes, bytes]) -> "Record":
+        """Read from the fields of an entry."""
+        return cls(
+            attempts=_count(fields.get(b"attempts")),
+            faults=_count(fields.get(b"faults")),
+            losses=_count(fields.get(b"losses")),
+            company=_count(fields.get(b"company")) or None,
+            avoid=fields.get(b"avoid", b"").decode(errors="replace"),
+            history=fields.get(b"history", b"").decode(errors="replace"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +68,24 @@ class Entry:
         return self.fields.get(BODY, b"")
 
     @property
-    def attempts(self) -> int:
-        """Times a worker or engine was lost while it had this job."""
-        return _count(self.fields.get(ATTEMPTS))
+    def run(self) -> str:
+        """The run that its plain fields name."""
+        return self.fields.get(RUN, b"").decode(errors="replace")
 
     @property
-    def faults(self) -> int:
-        """Times this job itself was at fault, or may have been."""
-        return _count(self.fields.get(FAULTS))
+    def job(self) -> str:
+        """The job that its plain fields name."""
+        return self.fields.get(JOB, b"").decode(errors="replace")
+
+    @property
+    def record(self) -> Record:
+        """What delivery has cost the job so far."""
+        return Record.of(self.fields)
+
+    @property
+    def done(self) -> bytes:
+        """Samples that were finished before the job was given back, encoded; empty when there are none."""
+        return self.fields.get(b"done", b"")
 
     @classmethod
     def from_reply(cls, stream: str, entry_id: bytes, fields: Sequence[bytes]) -> "Entry":

@@ -2,40 +2,62 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from redis.asyncio import Redis
 
-from rollpool.schemas.jobs import PromptJob
 from rollpool.schemas.keys import Keys
 from rollpool.schemas.scripts.base import Arg, Script
-from rollpool.schemas.scripts.entries import Entry
+from rollpool.schemas.scripts.entries import Entry, Record
 
 _SCRIPT = Script("give_back")
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a job waits; made by the functions below."""
+
+    name: Literal["ready", "delayed", "parked", "exact"]
+    score: int = 0
+
+
+#: First in its lane, at once.
+READY = Place("ready")
+
+
+def delayed(until_ms: int) -> Place:
+    """Until a time of the server."""
+    return Place("delayed", until_ms)
+
+
+def parked(version: int) -> Place:
+    """For a host that serves this version or a newer one."""
+    return Place("parked", version)
+
+
+def exact(version: int) -> Place:
+    """For a host that serves this version."""
+    return Place("exact", version)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GiveBack:
-    """A job to return. With neither `parked_for` nor `delayed_until_ms` it goes to its own lane at once."""
+    """A job to return."""
 
     entry: Entry
-    job: PromptJob
-    attempts: int
-    faults: int
-    #: The oldest policy version that may run it.
-    parked_for: int | None = None
-    #: Server time.
-    delayed_until_ms: int | None = None
+    #: From now on.
+    record: Record
+    place: Place = READY
+    #: Samples that are finished, encoded.
+    done: bytes = b""
 
 
 async def give_back(client: Redis, keys: Keys, *, consumer: str, jobs: Sequence[GiveBack]) -> list[bool]:
     """Return jobs in one round trip; False where the job was not this consumer's any more."""
-    script_keys, args = list[str](), list[Arg]([consumer])
+    args: list[Arg] = [consumer]
     for back in jobs:
-        target, score = back.entry.stream, ""
-        if back.parked_for is not None:
-            target, score = keys.parked, str(back.parked_for)
-        elif back.delayed_until_ms is not None:
-            target, score = keys.delayed, str(back.delayed_until_ms)
-        script_keys += (back.entry.stream, keys.batch(back.job.run, back.job.batch), target)
-        args += (back.entry.id, back.job.index, score, back.attempts, back.faults)
-    return [bool(given) for given in await _SCRIPT(client, script_keys, args)]
+        carried: list[Arg] = [part for pair in back.record.fields().items() for part in pair]
+        if back.done:
+            carried += ["done", back.done]
+        args += [back.entry.stream, back.entry.id, back.place.name, back.place.score, len(carried), *carried]
+    return [bool(given) for given in await _SCRIPT(client, keys, args)]

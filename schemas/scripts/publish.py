@@ -18,5 +18,5 @@ Answer = Literal["new", "same", "other", "old", "taken"]
 async def publish(client: Redis, keys: Keys, policy: Policy) -> tuple[Answer, int]:
     """Publish `policy`; the second value is the current version for `old`, the one in the way for `taken`."""
     args: list[Arg] = [policy.version, policy.model_dump_json(), pack_model(Command(policy=policy)), policy.checkpoint]
-    answer, current = await _SCRIPT(client, [keys.policies, keys.policy, keys.control], args)
+    answer, current = await _SCRIPT(client, keys, args)
     return cast(Answer, answer.decode()), int(current)

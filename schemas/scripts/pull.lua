@@ -1,58 +1,196 @@
--- Pull jobs for one host, lane by lane. What was parked for a policy it serves, or waited for a time that is over, goes
--- back to the end of its lane first.
--- KEYS: parked (sorted set), delayed (sorted set), then jobs streams in the order to read them.
--- ARGV: consumer, jobs wanted, policy version served, prefix of batch keys.
--- Entries whose job is settled already (cancelled, or finished by another host) are discarded here.
--- Returns a list of {stream, entry id, {field, value, ...}}.
-local consumer, wanted, version, batches = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
+-- Pull jobs for one host: lane by lane, in a lane run by run as their weights say, and of each run first what waited.
+-- KEYS[1] runs; ARGV: consumer, jobs wanted, policy version served, bytes of unread results over which a run gets no more
+--   made (0: no bound), then the names of the runs.
+-- Within a lane the run with the least virtual time goes first (start-time fair queuing); n samples of a run move its time
+-- on by n / weight. Entries whose job is settled already are discarded here.
+-- Returns a list of {stream, entry id, {field, value, ...}}; the names of the runs that are over that bound; and 1 when it
+-- stopped for having discarded so much.
+local consumer, wanted, version, bound = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+-- Entries of settled jobs that one call clears away, about: some 30 ms where it reads them one by one. A batch that was
+-- cancelled may have far more.
+local MOST_DISCARDED = 4000
+local retries, waiting = key('retries'), key('waiting')
+local found, full, discarded = {}, {}, 0
+-- Ids of what was moved to `retries`, which this host holds once they are claimed.
+local moved = {}
 
--- A job that waited goes back to its stream and, where that stream is empty, straight to this host below.
-local function release(waiting, upto)
-  for _, member in ipairs(redis.call('ZRANGEBYSCORE', waiting, '-inf', upto, 'LIMIT', 0, wanted)) do
-    redis.call('ZREM', waiting, member)
-    local job = cmsgpack.unpack(member)
-    redis.call('XADD', job[1], '*', unpack(job[2]))
+-- A job that waited, as the fields of its entry; nothing for a tombstone, and for what somebody else put there.
+local function fields_of(name)
+  local packed = try('HGET', waiting, name)
+  if not packed then return end
+  redis.call('HDEL', waiting, name)
+  local whole, fields = pcall(cmsgpack.unpack, packed)
+  if not whole or type(fields) ~= 'table' or #fields % 2 == 1 or #fields > AT_ONCE then return end
+  for _, value in ipairs(fields) do
+    if type(value) ~= 'string' then return end
   end
+  if is_open(field(fields, 'run'), field(fields, 'job')) then return fields end
 end
 
-local function open(fields)
-  local run, job
-  for at = 1, #fields, 2 do
-    if fields[at] == 'run' then run = fields[at + 1] elseif fields[at] == 'job' then job = fields[at + 1] end
+-- Text -> number, of the few there are.
+local numbers = {}
+
+local function samples_of(fields)
+  local n = field(fields, 'n') or ''
+  numbers[n] = numbers[n] or number(n, 1, 1e9, 1)
+  return numbers[n]
+end
+
+-- Take names from the list of one lane, to `retries`. Returns jobs and samples.
+local function take_waiting(run, lane, count)
+  local list, kept, samples = key('ready', run, lane), 0, 0
+  while kept < count and discarded < MOST_DISCARDED do
+    local name = try('LPOP', list)
+    if not name then break end
+    local fields = fields_of(name)
+    if fields then
+      local id = write('XADD', retries, '*', unpack(fields))
+      moved[#moved + 1] = id
+      found[#found + 1] = {retries, id, fields}
+      kept, samples = kept + 1, samples + samples_of(fields)
+    else
+      discarded = discarded + 1
+    end
   end
-  local batch, index = string.match(job or '', '^(.*)/(%d+)$')
-  if not run or not batch then return true end  -- not ours to judge: the host dead-letters it
-  return redis.call('HGET', batches .. run .. ':' .. batch, index) == 'open'
+  return kept, samples
+end
+
+-- What was added to `retries` is this host's; by itself, and not by reading on, which would meet what others put there.
+local function claim_moved()
+  for from = 1, #moved, AT_ONCE do
+    local ids = {unpack(moved, from, math.min(from + AT_ONCE - 1, #moved))}
+    local claim = {'XCLAIM', retries, GROUP, consumer, 0, unpack(ids)}
+    for _, word in ipairs({'FORCE', 'JUSTID', 'LASTID', ids[#ids]}) do claim[#claim + 1] = word end
+    local reply = redis.pcall(unpack(claim))
+    if reply.err then  -- the first entry of all, or somebody destroyed the group
+      redis.call('XGROUP', 'CREATE', retries, GROUP, '0')
+      redis.call(unpack(claim))
+    end
+  end
 end
 
 local function read(stream, count)
-  local reply = redis.pcall('XREADGROUP', 'GROUP', 'workers', consumer, 'COUNT', count, 'STREAMS', stream, '>')
+  local reply = redis.pcall('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', count, 'STREAMS', stream, '>')
   if reply and reply.err then
-    if not string.find(reply.err, 'NOGROUP') then return reply end
-    -- The server lost the stream (FLUSHALL, a failover): begin it again at its first entry.
-    redis.call('XGROUP', 'CREATE', stream, 'workers', '0', 'MKSTREAM')
+    if not string.find(reply.err, 'NOGROUP') then error(reply) end
+    -- Somebody destroyed the group, or made the stream without one: begin at its first entry.
+    redis.call('XGROUP', 'CREATE', stream, GROUP, '0')
     return read(stream, count)
   end
   return reply and reply[1][2] or {}
 end
 
-local time = redis.call('TIME')
-release(KEYS[1], version)
-release(KEYS[2], time[1] * 1000 + math.floor(time[2] / 1000))
-local found = {}
-for at = 3, #KEYS do
-  while #found < wanted do
-    local entries = read(KEYS[at], wanted - #found)
-    if entries.err then return entries end
-    for _, entry in ipairs(entries) do
-      if open(entry[2]) then
-        found[#found + 1] = {KEYS[at], entry[1], entry[2]}
-      else
-        redis.call('XACK', KEYS[at], 'workers', entry[1])
-        redis.call('XDEL', KEYS[at], entry[1])
-      end
+-- Keep what is still open, and what is not ours to judge: the host dead-letters it. Returns jobs and samples.
+local function keep(stream, entries)
+  local runs, jobs, settled, kept, samples = {}, {}, {}, 0, 0
+  for at, entry in ipairs(entries) do runs[at], jobs[at] = field(entry[2], 'run'), field(entry[2], 'job') end
+  local open = are_open(runs, jobs, #entries)
+  for at, entry in ipairs(entries) do
+    local id, fields = entry[1], entry[2]
+    if open[at] == false then
+      settled[#settled + 1] = id
+    else
+      found[#found + 1] = {stream, id, fields}
+      kept, samples = kept + 1, samples + samples_of(fields)
     end
+  end
+  for from = 1, #settled, AT_ONCE do
+    local upto = math.min(from + AT_ONCE - 1, #settled)
+    redis.call('XACK', stream, GROUP, unpack(settled, from, upto))
+    redis.call('XDEL', stream, unpack(settled, from, upto))
+  end
+  discarded = discarded + #settled
+  return kept, samples
+end
+
+local function take_backlog(stream, count)
+  local kept, samples = 0, 0
+  if redis.call('TYPE', stream).ok ~= 'stream' then return kept, samples end
+  while kept < count and discarded < MOST_DISCARDED do
+    local entries = read(stream, count - kept)
     if #entries == 0 then break end
+    local more, made = keep(stream, entries)
+    kept, samples = kept + more, samples + made
+  end
+  return kept, samples
+end
+
+local function take(run, lane, count)
+  local kept, samples = take_waiting(run, lane, count)
+  if kept == count then return kept, samples end
+  local more, made = take_backlog(key('jobs', run, lane), count - kept)
+  return kept + more, samples + made
+end
+
+local fair = number(try('GET', key('fair')), 0, 1e300, 0)
+local fair_before = fair
+
+-- True where entries or names are left of jobs that were ended from outside, or somebody added some by hand.
+local function has_remains(run)
+  for _, lane in ipairs(LANES) do
+    if (try('XLEN', key('jobs', run, lane)) or 0) > 0 then return true end
+  end
+  return redis.call('EXISTS', key('ready', run, 'high'), key('ready', run, 'default'), key('ready', run, 'low')) > 0
+end
+
+-- The runs to look at. `drained` counts the lanes in which a run had nothing more; one that is over the bound has nothing.
+local function active_runs()
+  local active = {}
+  for at = 5, #ARGV do
+    local facts = try('HMGET', key('runs', ARGV[at]), 'open', 'unread', 'weight', 'pass') or {}
+    local pass = number(facts[4], 0, 1e300, fair)
+    local run = {name = ARGV[at], weight = number(facts[3], 1e-6, 1e6, 1), pass = pass, pass_before = pass, drained = 0}
+    run.open = number(facts[1], 1, 1e300, 0) > 0
+    run.over = bound > 0 and number(facts[2], 0, 1e300, 0) >= bound
+    if run.over then full[#full + 1] = run.name end
+    if run.open or (not run.over and has_remains(run.name)) then active[#active + 1] = run end
+  end
+  return active
+end
+
+local function by_pass(one, other)
+  if one.pass ~= other.pass then return one.pass < other.pass end
+  return one.name < other.name
+end
+
+local function serve_lane(runs, lane)
+  local queue, weights = {}, 0
+  for _, run in ipairs(runs) do
+    if not run.over then queue[#queue + 1], weights = run, weights + run.weight end
+  end
+  while #found < wanted and #queue > 0 and discarded < MOST_DISCARDED do
+    table.sort(queue, by_pass)
+    local run, left = queue[1], wanted - #found
+    local share = math.min(left, math.max(1, math.ceil(left * run.weight / weights)))
+    local kept, samples = take(run.name, lane, share)
+    if kept > 0 then
+      fair = math.max(fair, run.pass)
+      run.pass = run.pass + samples / run.weight
+    end
+    if kept < share then
+      table.remove(queue, 1)
+      weights, run.drained = weights - run.weight, run.drained + 1
+    end
   end
 end
-return found
+
+release('delayed', '-inf', now_ms(), wanted)
+release('parked', '-inf', version, wanted)
+release('exact', version, version, wanted)
+local runs, lanes = active_runs(), 0
+for _, lane in ipairs(LANES) do
+  if #found < wanted then
+    serve_lane(runs, lane)
+    lanes = lanes + 1
+  end
+end
+claim_moved()
+local stopped = #found < wanted and discarded >= MOST_DISCARDED
+for _, run in ipairs(runs) do
+  -- What has nothing to be served saves nothing up; what waits in a lane that was not reached does not compete either.
+  if run.over or (lanes > 0 and run.drained == lanes and not stopped) then run.pass = math.max(run.pass, fair) end
+  -- pcall: a server without memory gives out jobs all the same.
+  if run.open and run.pass ~= run.pass_before then redis.pcall('HSET', key('runs', run.name), 'pass', run.pass) end
+end
+if fair > fair_before then redis.pcall('SET', key('fair'), fair) end
+return {found, full, stopped and 1 or 0}

@@ -13,20 +13,26 @@ from rollpool.schemas.wire import pack_model
 
 _SCRIPT = Script("settle")
 
+#: What `Settled` says of a part whose siblings are still to come.
+PART = "part"
+
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """A group that is finished, and the entry it came from."""
+    """A group that is finished, or a part of one, and the entry it came from."""
 
     entry: Entry
     group: Group
     #: Why the job is also a dead letter; empty: it is not.
     dead: str = ""
+    part: int = 0
+    #: As its job says; the server goes by what was enqueued.
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """`now` is True for the call that settled the job; `outcome` is what is recorded."""
+    """`now` is True for the call that settled the job, or its part; `outcome` is what is recorded, or `PART`."""
 
     now: bool
     outcome: str
@@ -35,13 +41,14 @@ class Settled:
 async def settle(client: Redis, keys: Keys, settlements: Sequence[Settlement]) -> list[Settled]:
     """Settle jobs of one worker in one round trip; replies in the same order. Harmless to repeat."""
     places: dict[tuple[str, str, str], int] = {}
-    args: list[Arg] = [settlements[0].group.worker] if settlements else [""]
+    args: list[Arg] = []
     for settlement in settlements:
         entry, group = settlement.entry, settlement.group
         args += (
             places.setdefault((entry.stream, group.run, group.batch), len(places)),
             entry.id,
             group.index,
+            settlement.part,
             group.outcome,
             versions_text(group),
             len(group.samples),
@@ -50,10 +57,9 @@ async def settle(client: Redis, keys: Keys, settlements: Sequence[Settlement]) -
             settlement.dead,
             entry.body if settlement.dead else b"",
         )
-    script_keys = [keys.dead]
-    for stream, run, batch in places:
-        script_keys += (stream, keys.batch(run, batch), keys.results(run, batch), keys.run(run))
-    reply = await _SCRIPT(client, script_keys, args)
+    head: list[Arg] = [settlements[0].group.worker if settlements else "", len(places)]
+    named = [part for place in places for part in place]
+    reply = await _SCRIPT(client, keys, [*head, *named, *args])
     return [Settled(bool(now), outcome.decode()) for now, outcome in zip(reply[::2], reply[1::2], strict=True)]
 
 

@@ -2,205 +2,34 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
 
-import msgpack
-import numpy as np
 import pytest
+from delivery import HOUR_MS, RUN, Pool, ended, jobs_of, with_record
+from delivery_model import Model
 from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    rule,
-    run_state_machine_as_test,
-)
-from redis import Redis
-from redis.asyncio import Redis as AsyncRedis
+from hypothesis.stateful import run_state_machine_as_test
 from redis.exceptions import RedisError
 
-from rollpool.schemas import (
-    GROUP,
-    LANES,
-    OUTCOMES,
-    Command,
-    Group,
-    Keys,
-    Outcome,
-    Policy,
-    PromptJob,
-    Sample,
-    VersionSpan,
-)
-from rollpool.schemas.connection import connect, connect_async
+from rollpool.schemas import GROUP, LANES, Command, Policy, PromptJob
 from rollpool.schemas.scripts import (
     Enqueued,
     Entry,
     GiveBack,
-    Script,
+    Record,
     Settled,
     Settlement,
-    commit,
+    delayed,
     enqueue,
     give_back,
+    parked,
     publish,
-    pull,
-    reclaim,
-    renew,
-    settle,
 )
 from rollpool.schemas.scripts.leases import RECLAIM_AT_MOST
-from rollpool.schemas.wire import pack_model, unpack_command, unpack_group, unpack_job
+from rollpool.schemas.wire import pack_model, unpack_command, unpack_job
 
 pytestmark = pytest.mark.both_servers
-
-RUN = "run"
-HOUR_MS = 3_600_000
-
-
-class Pool:
-    """The scripts, called as one trainer and its hosts call them."""
-
-    def __init__(self, url: str) -> None:
-        self.client: AsyncRedis = connect_async(url)
-        #: The same, to look at what the scripts left: its own types are unions over every protocol.
-        self.server: Any = self.client
-        self.blocking: Redis = connect(url)
-        self.keys = Keys("test")
-
-    async def close(self) -> None:
-        self.blocking.close()
-        await self.client.aclose()
-
-    async def put(
-        self,
-        size: int = 1,
-        *,
-        batch: str = "b",
-        lane: str = "default",
-        content: str = "content",
-        limit: int = 0,
-        prompt: str = "prompt",
-    ) -> Enqueued:
-        jobs = [
-            PromptJob.model_validate(
-                {
-                    "run": RUN,
-                    "batch": batch,
-                    "index": index,
-                    "prompt": prompt,
-                    "policy_version": 5,
-                    "lane": lane,
-                    "n": 2,
-                }
-            )
-            for index in range(size)
-        ]
-        previews_and_bodies = [part for job in jobs for part in (job.preview(), pack_model(job))]
-        return await enqueue(
-            self.client,
-            self.keys,
-            run=RUN,
-            batch=batch,
-            lane=lane,
-            content=content,
-            policy=5,
-            n=2,
-            previews_and_bodies=previews_and_bodies,
-            backlog_limit=limit,
-        )
-
-    async def take(self, wanted: int = 10, *, by: str = "a:1", version: int = 5) -> list[Entry]:
-        streams = self.keys.lanes(RUN)
-        return await pull(self.client, self.keys, streams=streams, consumer=by, wanted=wanted, version=version)
-
-    async def settle(self, *settlements: Settlement) -> list[Settled]:
-        return await settle(self.client, self.keys, settlements)
-
-    async def give_back(self, entry: Entry, *, by: str = "a:1", **options: Any) -> bool:
-        counts = {"attempts": entry.attempts, "faults": entry.faults}
-        back = GiveBack(entry=entry, job=unpack_job(entry.body), **{**counts, **options})
-        [given] = await give_back(self.client, self.keys, consumer=by, jobs=[back])
-        return given
-
-    def renew(self, *entries: Entry, by: str = "a:1") -> list[str]:
-        return renew(self.blocking, self.lane(), consumer=by, entries=[entry.id for entry in entries])
-
-    def reclaim(self, *, idle_ms: int = 0, by: str = "rescuer:1", prefix: str = "", lane: str = "default") -> int:
-        return reclaim(self.blocking, self.lane(lane), idle_ms=idle_ms, caller=by, prefix=prefix)
-
-    async def commit(self, batch: str = "b") -> int:
-        return await commit(self.client, self.keys, run=RUN, batch=batch)
-
-    def lane(self, lane: str = "default") -> str:
-        return self.keys.jobs(RUN, lane)
-
-    async def outcomes(self, batch: str = "b") -> dict[str, str]:
-        fields = await self.server.hgetall(self.keys.batch(RUN, batch))
-        return {name.decode(): state.decode() for name, state in fields.items() if name.isdigit()}
-
-    async def counters(self) -> dict[str, int]:
-        fields = await self.server.hgetall(self.keys.run(RUN))
-        return {name.decode(): int(count) for name, count in fields.items()}
-
-    async def results(self, batch: str = "b") -> list[Group]:
-        entries = await self.server.xrange(self.keys.results(RUN, batch))
-        return [unpack_group(fields[b"body"]) for _, fields in entries]
-
-    async def dead(self) -> list[dict[bytes, bytes]]:
-        return [fields for _, fields in await self.server.xrange(self.keys.dead)]
-
-    async def backlog(self) -> int:
-        """Entries that no host has been given."""
-        count = 0
-        for stream in self.keys.lanes(RUN):
-            if await self.server.exists(stream):
-                pending = await self.server.xpending(stream, GROUP)
-                count += await self.server.xlen(stream) - int(pending["pending"])
-        return count
-
-    async def consumers(self, lane: str = "default") -> set[str]:
-        return {row["name"].decode() for row in await self.server.xinfo_consumers(self.lane(lane), GROUP)}
-
-    async def leave_idle(self, entry: Entry, *, by: str, ms: int) -> None:
-        """As if its holder had not renewed for so long."""
-        await self.server.xclaim(entry.stream, GROUP, by, 0, [entry.id], idle=ms, justid=True)
-
-    async def now_ms(self) -> int:
-        seconds, micros = await self.server.time()
-        return int(seconds) * 1000 + int(micros) // 1000
-
-    async def whereabouts(self) -> Counter[str]:
-        """Every job that is somewhere in the pool: on a lane (given to a host or not), parked or delayed."""
-        places: list[dict[bytes, bytes]] = []
-        for stream in self.keys.lanes(RUN):
-            places += [fields for _, fields in await self.server.xrange(stream)]
-        for waiting in (self.keys.parked, self.keys.delayed):
-            for member in await self.server.zrange(waiting, 0, -1):
-                flat = iter(msgpack.unpackb(member, raw=True)[1])
-                places.append(dict(zip(flat, flat, strict=True)))
-        return Counter(fields[b"job"].decode() for fields in places)
-
-    async def check(self, *batches: str) -> None:
-        """Promise 1, as far as the server shows it: counters agree, and every open job is in exactly one place."""
-        counters = Counter(await self.counters())
-        states = {
-            f"{batch}/{index}": state for batch in batches for index, state in (await self.outcomes(batch)).items()
-        }
-        open_jobs = {job for job, state in states.items() if state == "open"}
-        settled = Counter(state for state in states.values() if state != "open")
-        assert counters["enqueued"] == len(states)
-        assert counters["open"] == len(open_jobs)
-        assert {outcome: counters[outcome] for outcome in settled} == settled
-        for batch in batches:
-            done = [group.id for group in await self.results(batch)]
-            assert sorted(done) == sorted(job for job in states if job.startswith(f"{batch}/") and job not in open_jobs)
-        places = await self.whereabouts()
-        assert {job: places[job] for job in open_jobs} == dict.fromkeys(open_jobs, 1)
 
 
 @pytest.fixture
@@ -208,39 +37,6 @@ async def pool(redis_url: str) -> AsyncIterator[Pool]:
     made = Pool(redis_url)
     yield made
     await made.close()
-
-
-def ended(entry: Entry, outcome: Outcome = "ok", *, worker: str = "a", dead: str = "", tokens: int = 3) -> Settlement:
-    """A job's settlement, with one sample where it is ok."""
-    job = unpack_job(entry.body)
-    sample = Sample(
-        output_ids=np.arange(tokens, dtype=np.int32),
-        logprobs=np.zeros(tokens, np.float32),
-        text="t",
-        finish_reason="stop",
-        version_spans=(VersionSpan(5, 0, tokens),),
-    )
-    group = Group(
-        run=job.run,
-        batch=job.batch,
-        index=job.index,
-        outcome=outcome,
-        policy_version=job.policy_version,
-        prompt_ids=np.zeros(1, np.int32),
-        samples=(sample,) if outcome == "ok" else (),
-        sampling=job.sampling,
-        worker=worker,
-    )
-    return Settlement(entry, group, dead)
-
-
-def without_entry(entry: Entry) -> Entry:
-    """As a cancellation names a job: no host's entry is meant."""
-    return Entry(entry.stream, "", {})
-
-
-def jobs_of(entries: Iterable[Entry]) -> list[str]:
-    return [entry.fields[b"job"].decode() for entry in entries]
 
 
 # Enqueue
@@ -377,25 +173,61 @@ async def test_two_hosts_never_get_the_same_job(pool: Pool) -> None:
 async def test_a_parked_job_waits_for_a_host_that_serves_its_version(pool: Pool) -> None:
     await pool.put(1)
     [entry] = await pool.take()
-    assert await pool.give_back(entry, parked_for=7, attempts=1, faults=2)
+    record = Record(attempts=1, faults=2, losses=3, company=8, avoid="a", history="lost\n")
+    assert await pool.give_back(entry, parked(7), record=record)
     assert await pool.take(version=6) == []
     [back] = await pool.take(version=7, by="b:1")
-    assert (jobs_of([back]), back.attempts, back.faults) == (["b/0"], 1, 2)
+    assert (jobs_of([back]), back.record) == (["b/0"], record)
     assert back.body == entry.body
     await pool.check("b")
 
 
+async def test_a_job_that_waited_is_read_from_the_stream_of_retries(pool: Pool) -> None:
+    await pool.put(1)
+    [entry] = await pool.take()
+    await pool.give_back(entry)
+    [back] = await pool.take()
+    assert (entry.stream, back.stream) == (pool.lane(), pool.keys.retries)
+    assert await pool.settle(ended(back)) == [Settled(True, "ok")]
+    assert await pool.server.xlen(pool.keys.retries) == 0
+    assert await pool.pending() == set()
+    await pool.check("b")
+
+
+async def test_a_job_that_waited_keeps_its_lane_wherever_it_goes(pool: Pool) -> None:
+    await pool.put(1, lane="low")
+    await pool.put(1, batch="urgent")
+    for _ in range(3):
+        entries = await pool.take()
+        assert jobs_of(entries) == ["urgent/0", "b/0"]
+        for entry in entries:
+            await pool.give_back(entry)
+    assert pool.reclaim() == 0
+    await pool.take()
+    assert pool.reclaim() == 2
+    assert jobs_of(await pool.take()) == ["urgent/0", "b/0"]
+
+
 async def test_a_parked_job_is_released_before_the_backlog_is_read(pool: Pool) -> None:
-    await pool.put(1, batch="parked", lane="high")
-    await pool.give_back((await pool.take())[0], parked_for=7)
+    await pool.put(1, batch="parked")
+    await pool.give_back((await pool.take())[0], parked(7))
     await pool.put(1, batch="waiting")
     assert jobs_of(await pool.take(1, version=7)) == ["parked/0"]
+
+
+async def test_a_parked_job_of_a_lane_waits_behind_the_lanes_before_it(pool: Pool) -> None:
+    await pool.put(1, batch="parked", lane="low")
+    await pool.give_back((await pool.take())[0], parked(7))
+    await pool.put(1, batch="urgent")
+    assert jobs_of(await pool.take(1, version=7)) == ["urgent/0"]
+    await pool.check("parked", "urgent")
+    assert jobs_of(await pool.take(1, version=6)) == ["parked/0"]
 
 
 async def test_no_more_parked_jobs_are_released_than_are_wanted(pool: Pool) -> None:
     await pool.put(3)
     for entry in await pool.take():
-        await pool.give_back(entry, parked_for=7)
+        await pool.give_back(entry, parked(7))
     assert len(await pool.take(2, version=7)) == 2
     assert await pool.server.zcard(pool.keys.parked) == 1
 
@@ -404,30 +236,18 @@ async def test_a_delayed_job_waits_for_the_servers_time(pool: Pool) -> None:
     await pool.put(2)
     due, later = await pool.take()
     now = await pool.now_ms()
-    await pool.give_back(due, delayed_until_ms=now)
-    await pool.give_back(later, delayed_until_ms=now + HOUR_MS)
+    await pool.give_back(due, delayed(now))
+    await pool.give_back(later, delayed(now + HOUR_MS))
     assert jobs_of(await pool.take()) == ["b/0"]
     assert await pool.server.zcard(pool.keys.delayed) == 1
 
 
 async def test_entries_of_settled_jobs_are_discarded_where_they_are_met(pool: Pool) -> None:
     await pool.put(3)
-    [(entry_id, fields), *_] = await pool.server.xrange(pool.lane())
-    cancelled = Entry(pool.lane(), entry_id.decode(), fields)
-    settlement = ended(cancelled, "cancelled")
-    assert await pool.settle(Settlement(without_entry(cancelled), settlement.group)) == [Settled(True, "cancelled")]
+    assert await pool.finish(0, 0) == 1
     assert jobs_of(await pool.take(2)) == ["b/1", "b/2"]
     assert await pool.server.xlen(pool.lane()) == 2
     await pool.check("b")
-
-
-async def test_a_parked_job_that_was_cancelled_is_discarded(pool: Pool) -> None:
-    await pool.put(1)
-    [entry] = await pool.take()
-    await pool.give_back(entry, parked_for=7)
-    await pool.settle(Settlement(without_entry(entry), ended(entry, "cancelled").group))
-    assert await pool.take(version=7) == []
-    assert await pool.whereabouts() == {}
 
 
 async def test_what_somebody_added_by_hand_reaches_the_host_to_be_judged(pool: Pool) -> None:
@@ -452,9 +272,16 @@ async def test_a_stream_that_the_server_lost_begins_again(pool: Pool, lose: str)
     assert jobs_of(await pool.take()) == ["after/0"]
 
 
-async def test_a_stream_without_its_group_is_read_from_its_first_entry_at_once(pool: Pool) -> None:
-    await pool.server.xadd(pool.lane(), {"hello": "world"})
-    assert len(await pool.take()) == 1
+async def test_a_stream_of_retries_that_the_server_lost_begins_again(pool: Pool) -> None:
+    await pool.put(2)
+    first, second = await pool.take()
+    await pool.give_back(first)
+    [first] = await pool.take()
+    await pool.server.xgroup_destroy(pool.keys.retries, GROUP)
+    await pool.give_back(second)
+    [second] = await pool.take()
+    assert pool.renew(first, second) == {first.id}
+    assert await pool.settle(ended(first), ended(second)) == [Settled(True, "ok")] * 2
 
 
 # Settle
@@ -466,7 +293,15 @@ async def test_a_job_is_settled_with_its_result_and_its_counts(pool: Pool) -> No
     settled = await pool.settle(ended(first, tokens=3), ended(second, "failed"))
     assert settled == [Settled(True, "ok"), Settled(True, "failed")]
     assert await pool.outcomes() == {"0": "ok", "1": "failed"}
-    assert await pool.counters() == {"enqueued": 2, "open": 0, "ok": 1, "failed": 1, "samples": 1, "tokens": 3}
+    assert await pool.counters() == {
+        "enqueued": 2,
+        "open": 0,
+        "ok": 1,
+        "failed": 1,
+        "samples": 1,
+        "tokens": 3,
+        "unread": sum(len(pack_model(group)) for group in await pool.results()),
+    }
     assert [group.outcome for group in await pool.results()] == ["ok", "failed"]
     assert await pool.server.xlen(pool.lane()) == 0
     assert await pool.dead() == []
@@ -554,7 +389,8 @@ async def test_a_dead_letter_whose_entry_was_reclaimed_has_its_payload_all_the_s
     pool.reclaim()
     await pool.settle(ended(entry, "failed", dead="too late"))
     [letter] = await pool.dead()
-    assert (letter[b"error"], letter[b"job"], letter[b"body"]) == (b"too late", b"b/0", entry.body)
+    expected = {b"error": b"too late", b"worker": b"a", b"job": b"b/0", b"run": RUN.encode(), b"body": entry.body}
+    assert letter == expected
 
 
 async def test_a_dead_letter_of_an_unknown_batch_is_kept_once(pool: Pool) -> None:
@@ -567,15 +403,43 @@ async def test_a_dead_letter_of_an_unknown_batch_is_kept_once(pool: Pool) -> Non
     assert [letter[b"body"] for letter in await pool.dead()] == [entry.body]
 
 
-async def test_cancelling_settles_a_job_wherever_it_is(pool: Pool) -> None:
+async def test_a_settlement_without_an_entry_settles_a_job_wherever_it_is(pool: Pool) -> None:
     await pool.put(2)
     [held] = await pool.take(1)
-    cancel = Settlement(without_entry(held), ended(held, "cancelled").group)
+    cancel = Settlement(Entry(held.stream, "", {}), ended(held, "cancelled").group)
     assert await pool.settle(cancel) == [Settled(True, "cancelled")]
     assert await pool.settle(ended(held)) == [Settled(False, "cancelled")]
     assert await pool.settle(cancel) == [Settled(False, "cancelled")]
     assert jobs_of(await pool.take()) == ["b/1"]
     await pool.check("b")
+
+
+async def test_a_late_host_settles_a_job_that_waits_to_be_run_again(pool: Pool) -> None:
+    await pool.put(3)
+    entries = await pool.take(by="a:1")
+    assert pool.reclaim() == 3
+    waiting = await pool.take(2, by="b:1")
+    await pool.give_back(waiting[0], delayed(10**15), by="b:1")
+    await pool.give_back(waiting[1], parked(9), by="b:1")
+    assert await pool.settle(*map(ended, entries)) == [Settled(True, "ok")] * 3
+    assert await pool.take(version=9) == []
+    assert not await pool.server.exists(pool.keys.waiting, pool.keys.delayed, pool.keys.parked)
+    await pool.check("b")
+
+
+async def test_settling_nothing_is_no_error(pool: Pool) -> None:
+    assert await pool.settle() == []
+
+
+async def test_one_call_settles_jobs_of_several_batches_lanes_and_runs(pool: Pool) -> None:
+    runs = ("one", "two")
+    for run in runs:
+        for lane in LANES:
+            await pool.put(3, run=run, batch=lane, lane=lane)
+    entries = await pool.take(100, runs=runs)
+    assert await pool.settle(*map(ended, entries)) == [Settled(True, "ok")] * 18
+    await pool.check_runs({run: dict.fromkeys(LANES, 1) for run in runs})
+    assert await pool.pending(runs) == set()
 
 
 async def test_many_settlements_of_one_call_are_answered_in_order(pool: Pool) -> None:
@@ -594,18 +458,30 @@ async def test_a_job_given_back_is_delivered_again_at_no_charge(pool: Pool) -> N
     await pool.put(2)
     [entry] = await pool.take(1)
     assert await pool.give_back(entry)
-    assert jobs_of(await pool.take(by="b:1")) == ["b/1", "b/0"]
+    [back, other] = await pool.take(by="b:1")
+    assert jobs_of([back, other]) == ["b/0", "b/1"]
+    assert back.record == entry.record == Record()
     await pool.check("b")
 
 
-async def test_counts_are_kept_however_often_a_job_moves(pool: Pool) -> None:
+async def test_jobs_given_back_keep_their_order(pool: Pool) -> None:
+    await pool.put(5)
+    for entry in await pool.take(4):
+        await pool.give_back(entry)
+    assert jobs_of(await pool.take(5)) == ["b/0", "b/1", "b/2", "b/3", "b/4"]
+
+
+async def test_what_delivery_cost_is_kept_however_often_a_job_moves(pool: Pool) -> None:
     await pool.put(1)
     for attempts in range(1, 4):
         [entry] = await pool.take()
-        await pool.give_back(entry, attempts=attempts, faults=2 * attempts)
+        record = with_record(entry, attempts=attempts, faults=2 * attempts, history=f"{entry.record.history}lost\n")
+        await pool.give_back(entry, record=record, done=b"samples" if attempts == 2 else b"")
+        assert entry.done == (b"samples" if attempts == 3 else b"")
     [entry] = await pool.take()
-    assert (entry.attempts, entry.faults) == (3, 6)
-    assert set(entry.fields) == {b"job", b"policy", b"n", b"run", b"preview", b"body", b"attempts", b"faults"}
+    assert entry.record == Record(attempts=3, faults=6, history="lost\n" * 3)
+    ours = {b"job", b"policy", b"n", b"run", b"lane", b"preview", b"body"}
+    assert set(entry.fields) == ours | {name.encode() for name in Record().fields()}
 
 
 async def test_giving_back_twice_does_it_once(pool: Pool) -> None:
@@ -623,16 +499,16 @@ async def test_what_another_host_holds_by_now_cannot_be_given_back(pool: Pool) -
     [theirs] = await pool.take(by="b:1")
     assert not await pool.give_back(entry, by="a:1")
     assert not await pool.give_back(theirs, by="a:1")
-    assert pool.renew(theirs, by="b:1") == []
+    assert pool.renew(theirs, by="b:1") == set()
     await pool.check("b")
 
 
 async def test_a_settled_job_is_not_revived(pool: Pool) -> None:
     await pool.put(1)
     [entry] = await pool.take()
-    await pool.settle(Settlement(without_entry(entry), ended(entry, "cancelled").group))
+    await pool.finish(0, 0)
     assert not await pool.give_back(entry)
-    assert await pool.whereabouts() == {}
+    assert await pool.places() == {}
 
 
 async def test_giving_back_to_a_server_that_lost_everything_is_harmless(pool: Pool) -> None:
@@ -646,9 +522,11 @@ async def test_giving_back_to_a_server_that_lost_everything_is_harmless(pool: Po
 async def test_many_jobs_are_given_back_in_one_call(pool: Pool) -> None:
     await pool.put(600)
     entries = await pool.take(600)
-    jobs = [GiveBack(entry=entry, job=unpack_job(entry.body), attempts=0, faults=0) for entry in entries]
+    jobs = [GiveBack(entry=entry, record=Record()) for entry in entries]
     assert await give_back(pool.client, pool.keys, consumer="a:1", jobs=jobs) == [True] * 600
-    assert await pool.backlog() == 600
+    assert await pool.backlog() == 0
+    assert len(await pool.take(600)) == 600
+    await pool.check("b")
 
 
 # Leases
@@ -658,7 +536,7 @@ async def test_renewal_starts_the_lease_anew(pool: Pool) -> None:
     await pool.put(1)
     [entry] = await pool.take()
     await pool.leave_idle(entry, by="a:1", ms=HOUR_MS)
-    assert pool.renew(entry) == []
+    assert pool.renew(entry) == set()
     assert pool.reclaim(idle_ms=HOUR_MS) == 0
 
 
@@ -668,32 +546,131 @@ async def test_renewal_takes_nothing_back_from_a_new_owner(pool: Pool) -> None:
     await pool.leave_idle(lost, by="a:1", ms=HOUR_MS)
     assert pool.reclaim(idle_ms=HOUR_MS) == 1
     [theirs] = await pool.take(by="b:1")
-    assert pool.renew(mine, lost, theirs, by="a:1") == [lost.id, theirs.id]
-    assert pool.renew(theirs, by="b:1") == []
+    assert pool.renew(mine, lost, theirs, by="a:1") == {lost.id, theirs.id}
+    assert pool.renew(theirs, by="b:1") == set()
 
 
 async def test_thousands_of_leases_are_renewed_in_one_call(pool: Pool) -> None:
     await pool.put(5000)
     entries = await pool.take(5000)
-    assert pool.renew(*entries) == []
+    assert pool.renew(*entries) == set()
+    assert await pool.finish(0, 2499) == 2500
+    assert pool.renew(*entries[::-1]) == {entry.id for entry in entries[:2500]}
+    assert await pool.pending() == {(entry.stream, entry.id) for entry in entries[2500:]}
+
+
+async def test_renewal_tells_and_removes_what_was_settled_elsewhere(pool: Pool) -> None:
+    await pool.put(4)
+    by_host, by_trainer, kept, unnamed = await pool.take()
+    await pool.settle(Settlement(Entry(by_host.stream, "", {}), ended(by_host).group))
+    await pool.finish(1, 1)
+    assert pool.renew(by_host, by_trainer, kept) == {by_host.id, by_trainer.id}
+    assert await pool.pending() == {(kept.stream, kept.id), (unnamed.stream, unnamed.id)}
+    assert await pool.server.xlen(pool.lane()) == 2
+    assert pool.renew(by_host, by_trainer, kept) == {by_host.id, by_trainer.id}
+
+
+async def test_renewal_keeps_what_is_not_a_job(pool: Pool) -> None:
+    await pool.put(1)
+    await pool.server.xadd(pool.lane(), {"hello": "world"})
+    entries = await pool.take()
+    assert pool.renew(*entries) == set()
+
+
+async def test_renewal_asks_only_for_what_it_names(pool: Pool) -> None:
+    await pool.put(3)
+    first, middle, last = await pool.take()
+    await pool.leave_idle(middle, by="a:1", ms=HOUR_MS)
+    assert pool.renew(last, first) == set()
+    assert pool.reclaim(idle_ms=HOUR_MS) == 1
+    assert pool.renew(middle) == {middle.id}
 
 
 async def test_on_a_server_that_lost_everything_every_lease_is_lost(pool: Pool) -> None:
     await pool.put(1)
     [entry] = await pool.take()
     await pool.server.flushall()
-    assert pool.renew(entry) == [entry.id]
+    assert pool.renew(entry) == {entry.id}
     assert pool.reclaim() == 0
 
 
 async def test_reclaiming_charges_one_attempt_and_no_fault(pool: Pool) -> None:
     await pool.put(1)
     [entry] = await pool.take()
-    await pool.give_back(entry, attempts=2, faults=1)
-    [entry] = await pool.take()
-    assert pool.reclaim() == 1
+    await pool.give_back(entry, record=Record(attempts=2, faults=1, losses=3, history="before\n"), done=b"samples")
+    [entry] = await pool.take(by="tpu-1:host@7-8")
+    assert pool.reclaim(reason="its lease ended") == 1
     [back] = await pool.take(by="b:1")
-    assert (back.attempts, back.faults, back.body) == (3, 1, entry.body)
+    history = "before\nits lease ended\n"
+    assert back.record == Record(attempts=3, faults=1, losses=4, company=1, avoid="tpu-1", history=history)
+    assert (back.body, back.done) == (entry.body, b"samples")
+    await pool.check("b")
+
+
+@pytest.mark.parametrize(
+    ("losses", "before", "after"),
+    [
+        (0, None, None),
+        (1, None, None),
+        (1, 64, 64),
+        (2, None, 8),
+        (2, 64, 8),
+        (2, 3, 3),
+        (3, None, 1),
+        (3, 8, 1),
+        (7, 64, 1),
+    ],
+)
+async def test_two_losses_are_nobodys_fault_and_from_the_third_on_company_shrinks(
+    pool: Pool, losses: int, before: int | None, after: int | None
+) -> None:
+    await pool.put(20)
+    suspect, *_ = await pool.take(20)
+    await pool.give_back(suspect, record=Record(attempts=losses, losses=losses, company=before))
+    await pool.take(1)
+    assert pool.reclaim() == 20
+    [record] = [entry.record for entry in await pool.take(20) if entry.job == suspect.job]
+    assert (record.company, record.attempts, record.faults, record.losses) == (after, losses + 1, 0, losses + 1)
+
+
+async def test_a_job_that_ran_alone_is_charged_itself(pool: Pool) -> None:
+    await pool.put(1)
+    [entry] = await pool.take()
+    await pool.give_back(entry, record=Record(attempts=2, losses=2, company=1))
+    for faults in (1, 2):
+        await pool.take()
+        assert pool.reclaim() == 1
+        [entry] = await pool.take()
+        expected = Record(attempts=2, faults=faults, losses=2 + faults, company=1, avoid="a", history="lost\n" * faults)
+        assert entry.record == expected
+
+
+async def test_a_history_keeps_its_last_lines(pool: Pool) -> None:
+    await pool.put(1)
+    for number in range(60):
+        await pool.take()
+        assert pool.reclaim(reason=f"{number:03} {'x' * 96}") == 1
+    [entry] = await pool.take()
+    history = entry.record.history
+    assert len(history) == 4000
+    assert [line[:3] for line in history.splitlines()[-39:]] == [f"{number:03}" for number in range(21, 60)]
+
+
+async def test_a_reclaimed_job_goes_before_the_backlog_of_its_lane(pool: Pool) -> None:
+    await pool.put(3, lane="low")
+    await pool.put(1, batch="urgent", lane="high")
+    await pool.take(2, by="a:1")
+    assert pool.reclaim() == 2
+    assert jobs_of(await pool.take()) == ["urgent/0", "b/0", "b/1", "b/2"]
+
+
+async def test_what_was_settled_is_not_run_again_when_its_host_is_lost(pool: Pool) -> None:
+    await pool.put(2)
+    await pool.take()
+    await pool.finish(0, 0)
+    assert pool.reclaim() == 2
+    assert jobs_of(await pool.take()) == ["b/1"]
+    assert await pool.server.xlen(pool.lane()) == 0
     await pool.check("b")
 
 
@@ -702,7 +679,7 @@ async def test_what_was_renewed_in_time_is_not_reclaimed(pool: Pool) -> None:
     fresh, idle = await pool.take()
     await pool.leave_idle(idle, by="a:1", ms=HOUR_MS)
     assert pool.reclaim(idle_ms=HOUR_MS // 2) == 1
-    assert pool.renew(fresh, idle) == [idle.id]
+    assert pool.renew(fresh, idle) == {idle.id}
 
 
 async def test_reclaiming_with_a_prefix_takes_from_those_consumers_alone(pool: Pool) -> None:
@@ -724,8 +701,8 @@ async def test_a_consumer_that_holds_something_is_never_deleted(pool: Pool) -> N
     await pool.put(1)
     [entry] = await pool.take(by="idle:1")
     assert pool.reclaim(idle_ms=HOUR_MS) == 0
-    assert "idle:1" in await pool.consumers()
-    assert pool.renew(entry, by="idle:1") == []
+    assert "idle:1" in await pool.consumers(pool.lane())
+    assert pool.renew(entry, by="idle:1") == set()
 
 
 async def test_consumers_that_were_idle_and_hold_nothing_are_deleted_but_not_the_caller(pool: Pool) -> None:
@@ -733,12 +710,12 @@ async def test_consumers_that_were_idle_and_hold_nothing_are_deleted_but_not_the
     await pool.take(1, by="gone:1")
     await pool.take(1, by="me:1")
     assert pool.reclaim(idle_ms=HOUR_MS, by="me:1") == 0
-    assert await pool.consumers() == {"gone:1", "me:1"}
+    assert await pool.consumers(pool.lane()) == {"gone:1", "me:1"}
     assert pool.reclaim(by="me:1") == 2
-    while "gone:1" in await pool.consumers():  # until the server has counted a millisecond of idleness
+    while "gone:1" in await pool.consumers(pool.lane()):  # until the server has counted a millisecond of idleness
         assert pool.reclaim(by="me:1") == 0
-    assert await pool.consumers() == {"me:1"}
-    assert await pool.backlog() == 2
+    assert await pool.consumers(pool.lane()) == {"me:1"}
+    await pool.check("b")
 
 
 async def test_a_large_loss_is_reclaimed_in_bounded_steps(pool: Pool) -> None:
@@ -747,7 +724,7 @@ async def test_a_large_loss_is_reclaimed_in_bounded_steps(pool: Pool) -> None:
     await pool.take(RECLAIM_AT_MOST - 10, by="a:1")
     await pool.take(size, by="b:1")
     assert [pool.reclaim(), pool.reclaim(), pool.reclaim()] == [RECLAIM_AT_MOST, 10, 0]
-    assert await pool.backlog() == size
+    assert await pool.pending() == set()
     await pool.check("b")
 
 
@@ -766,21 +743,34 @@ async def test_an_entry_of_thousands_of_fields_can_be_reclaimed(pool: Pool) -> N
     await pool.server.xadd(pool.lane(), {f"field-{at}": "x" for at in range(5000)})
     await pool.take()
     assert pool.reclaim() == 2
-    assert jobs_of((await pool.take())[:1]) == ["b/0"]
+    [job, foreign] = await pool.take()
+    assert (job.job, foreign.stream, foreign.fields[b"field-0"]) == ("b/0", pool.lane(), b"x")
 
 
 async def test_counts_that_somebody_made_up_are_read_as_none() -> None:
     for made_up in (b"-1", b"1e9", b"9" * 5000, b""):
-        entry = Entry("stream", "1-0", {b"attempts": made_up, b"faults": made_up})
-        assert (entry.attempts, entry.faults) == (0, 0)
+        fields = {name.encode(): made_up for name in ("attempts", "faults", "losses", "company")}
+        assert Entry("stream", "1-0", fields).record == Record()
+
+
+@pytest.mark.parametrize("made_up", ["-1", "1e9", "nan", "inf", "9" * 50, "", "x"])
+async def test_counts_that_somebody_made_up_count_as_none_when_a_job_is_reclaimed(pool: Pool, made_up: str) -> None:
+    await pool.put(1)
+    fields = dict((await pool.server.xrange(pool.lane()))[0][1])
+    await pool.server.delete(pool.lane())
+    await pool.server.xadd(pool.lane(), fields | dict.fromkeys(["attempts", "faults", "losses", "company"], made_up))
+    await pool.take()
+    assert pool.reclaim(reason="") == 1
+    [back] = await pool.take()
+    assert back.record == Record(attempts=1, losses=1, avoid="a")
 
 
 async def test_a_body_of_a_megabyte_survives_every_move(pool: Pool) -> None:
     await pool.put(1, prompt="x" * 2**20)
     [entry] = await pool.take()
-    await pool.give_back(entry, parked_for=7)
-    [parked] = await pool.take(version=7)
-    await pool.give_back(parked, delayed_until_ms=await pool.now_ms())
+    await pool.give_back(entry, parked(7))
+    [again] = await pool.take(version=7)
+    await pool.give_back(again, delayed(await pool.now_ms()))
     await pool.take()
     assert pool.reclaim() == 1
     [last] = await pool.take()
@@ -866,200 +856,12 @@ async def test_a_script_that_the_server_forgot_is_sent_again(pool: Pool) -> None
 
 
 async def test_a_script_that_fails_says_so(pool: Pool) -> None:
-    await pool.server.set(pool.lane(), "not a stream")
+    await pool.server.set(pool.keys.batch(RUN, "b"), "not a hash")
     with pytest.raises(RedisError, match="WRONGTYPE"):
-        await pool.take()
-    with pytest.raises(RedisError):
-        await Script("commit")(pool.client, [], [])
+        await pool.put(1)
 
 
 # All of them at once, in any order
-
-
-T = TypeVar("T")
-HOSTS = ("a:1", "b:1", "c:1")
-hosts = st.sampled_from(HOSTS)
-picks = st.integers(0, 10**6)
-
-#: Steps, as a method of the model and its arguments. One rule for all of them: hypothesis leaves whole rules out of
-#: a run, and a run in which nobody pulls tests nothing.
-enqueues = st.tuples(st.just("enqueue"), st.sampled_from(LANES), st.integers(1, 4))
-pulls = st.tuples(
-    st.just("pull"), hosts, st.sampled_from([3, 0, 1, 6]), st.integers(5, 8), st.sampled_from([False, False, True])
-)
-returns = st.tuples(st.just("give_back"), picks, st.sampled_from(["lane", "parked", "delayed"]))
-others = [st.tuples(st.just(name), picks) for name in ("settle", "cancel")]
-leases = [st.tuples(st.just(name), hosts) for name in ("reclaim", "renew")]
-steps = st.one_of(pulls, pulls, returns, returns, *others, *leases, enqueues)
-
-
-@dataclass(eq=False)
-class Delivery:
-    """One delivery of a job to a host."""
-
-    entry: Entry
-    job: str
-    host: str
-    #: The server counts it as this host's, until it is settled, given back or reclaimed.
-    held: bool = True
-    #: False when the reply was lost: the host never knew of it.
-    known: bool = True
-
-
-class Model(RuleBasedStateMachine):
-    """What a pool of a few hosts may do, against what the promises say becomes of every job.
-
-    Hosts settle and give back what they remember, also what was taken from them long ago.
-    """
-
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        self.runner = asyncio.Runner()
-        self.pool = Pool(url)
-        self.pool.blocking.flushall()
-        self.batches: list[str] = []
-        self.states: dict[str, str] = {}
-        self.counts: dict[str, tuple[int, int]] = {}
-        #: Jobs that wait for a version.
-        self.parked: dict[str, int] = {}
-        self.deliveries: list[Delivery] = []
-
-    def run(self, call: Coroutine[Any, Any, T]) -> T:
-        return self.runner.run(call)
-
-    def teardown(self) -> None:
-        try:
-            self.finish_everything()
-        finally:
-            self.run(self.pool.close())
-            self.runner.close()
-
-    def is_open(self, job: str) -> bool:
-        return self.states[job] == "open"
-
-    def chosen(self, pick: int) -> list[Delivery]:
-        """One delivery, if there is any; mostly one that the host still holds: the others are many more."""
-        known = [delivery for delivery in self.deliveries if delivery.known]
-        held = [delivery for delivery in known if delivery.held]
-        candidates = held if held and pick % 4 != 3 else known
-        return [candidates[pick % len(candidates)]] if candidates else []
-
-    @initialize()
-    def begin(self) -> None:
-        for lane in LANES:
-            self.enqueue(lane, 3)
-
-    @rule(step=steps)
-    def do(self, step: tuple[Any, ...]) -> None:
-        getattr(self, step[0])(*step[1:])
-
-    def enqueue(self, lane: str, size: int) -> None:
-        batch = f"{lane}-{len(self.batches)}"
-        assert self.run(self.pool.put(size, batch=batch, lane=lane)) == Enqueued("new", size)
-        self.batches.append(batch)
-        for index in range(size):
-            self.states[f"{batch}/{index}"] = "open"
-            self.counts[f"{batch}/{index}"] = (0, 0)
-
-    def pull(self, host: str, wanted: int, version: int, reply_lost: bool) -> None:
-        held = {delivery.job for delivery in self.deliveries if delivery.held}
-        waiting = self.run(self.waiting())
-        ready = {job for job in self.states if self.is_open(job) and job not in held | waiting}
-        entries = self.run(self.pool.take(wanted, by=host, version=version))
-        released = waiting - self.run(self.waiting())
-        assert all(self.parked[job] <= version for job in released)
-        ready |= {job for job in released if self.is_open(job)}
-        taken = jobs_of(entries)
-        assert len(set(taken)) == len(taken) == min(wanted, len(ready))
-        assert set(taken) <= ready
-        lanes = [self.pool.keys.lanes(RUN).index(entry.stream) for entry in entries]
-        assert lanes == sorted(lanes)
-        for job, entry in zip(taken, entries, strict=True):
-            assert (entry.attempts, entry.faults) == self.counts[job]
-            self.deliveries.append(Delivery(entry, job, host, known=not reply_lost))
-
-    async def waiting(self) -> set[str]:
-        """Jobs that are parked or delayed, open or not."""
-        lanes = Counter[str]()
-        for stream in self.pool.keys.lanes(RUN):
-            lanes.update(fields[b"job"].decode() for _, fields in await self.pool.server.xrange(stream))
-        return set(await self.pool.whereabouts() - lanes)
-
-    def settle(self, pick: int) -> None:
-        for delivery in self.chosen(pick):
-            self.settled(ended(delivery.entry, OUTCOMES[pick % len(OUTCOMES)]), delivery.job)
-            delivery.held = False
-
-    def cancel(self, pick: int) -> None:
-        for delivery in self.chosen(pick):
-            group = ended(delivery.entry, "cancelled").group
-            self.settled(Settlement(without_entry(delivery.entry), group), delivery.job)
-
-    def settled(self, settlement: Settlement, job: str) -> None:
-        now = self.is_open(job)
-        if now:
-            self.states[job] = settlement.group.outcome
-        assert self.run(self.pool.settle(settlement)) == [Settled(now, self.states[job])]
-
-    def give_back(self, pick: int, where: str) -> None:
-        options: dict[str, Any] = {"parked": {"parked_for": 7}, "delayed": {"delayed_until_ms": 10**15}}.get(where, {})
-        for delivery in self.chosen(pick):
-            faults = delivery.entry.faults + pick % 2
-            given = self.run(self.pool.give_back(delivery.entry, by=delivery.host, faults=faults, **options))
-            assert given == (delivery.held and self.is_open(delivery.job))
-            delivery.held = False
-            if given:
-                self.counts[delivery.job] = (delivery.entry.attempts, faults)
-                self.parked[delivery.job] = 7 if where == "parked" else 10**6
-
-    def reclaim(self, host: str) -> None:
-        lost = [delivery for delivery in self.deliveries if delivery.held and delivery.host == host]
-        taken = sum(self.pool.reclaim(prefix=host, lane=lane) for lane in LANES)
-        assert taken == len(lost)
-        for delivery in lost:
-            delivery.held = False
-            self.counts[delivery.job] = (delivery.entry.attempts + 1, delivery.entry.faults)
-
-    def renew(self, host: str) -> None:
-        for stream in self.pool.keys.lanes(RUN):
-            mine = [known for known in self.deliveries if known.host == host and known.entry.stream == stream]
-            entries = [delivery.entry.id for delivery in mine]
-            lost = renew(self.pool.blocking, stream, consumer=host, entries=entries)
-            assert lost == [delivery.entry.id for delivery in mine if not delivery.held]
-
-    def finish_everything(self) -> None:
-        """Hosts are lost, everything that waits comes due, and one host does it all."""
-        for host in HOSTS:
-            self.reclaim(host)
-        self.run(self.everything_is_due())
-        while entries := self.run(self.pool.take(6, by=HOSTS[0], version=10**6)):
-            for entry in entries:
-                [job] = jobs_of([entry])
-                assert self.is_open(job)
-                self.settled(ended(entry), job)
-        assert "open" not in self.states.values()
-        assert self.run(self.pool.whereabouts()) == {}
-
-    async def everything_is_due(self) -> None:
-        for member in await self.pool.server.zrange(self.pool.keys.delayed, 0, -1):
-            await self.pool.server.zadd(self.pool.keys.delayed, {member: 0}, xx=True)
-
-    @invariant()
-    def every_job_is_settled_once_or_open_in_one_place(self) -> None:
-        self.run(self.pool.check(*self.batches))
-
-    @invariant()
-    def the_server_counts_as_held_what_was_delivered(self) -> None:
-        pending = self.run(self.pending())
-        assert pending == {delivery.entry.id for delivery in self.deliveries if delivery.held}
-
-    async def pending(self) -> set[str]:
-        found = set[str]()
-        for stream in self.pool.keys.lanes(RUN):
-            if await self.pool.server.exists(stream):
-                rows = await self.pool.server.xpending_range(stream, GROUP, "-", "+", 1000)
-                found |= {row["message_id"].decode() for row in rows}
-        return found
 
 
 def test_no_interleaving_loses_a_job_or_settles_it_twice(redis_url: str) -> None:

@@ -98,6 +98,9 @@ def test_a_bad_prompt_is_refused_and_says_why(prompt: Any, what: str) -> None:
         ("exact", 1),
         ("deadline_ms", -1),
         ("endpoint", "completions"),
+        ("parts", 0),
+        ("part", -1),
+        ("min_samples", 0),
     ],
 )
 def test_a_bad_field_is_refused_by_its_name(field: str, value: Any) -> None:
@@ -113,6 +116,29 @@ def test_a_job_cannot_be_changed() -> None:
 
 def test_a_job_is_named_by_its_batch_and_place() -> None:
     assert job(batch="step-12", index=7).id == "step-12/7"
+
+
+def test_a_part_is_named_by_its_number_where_there_are_several() -> None:
+    assert job(batch="step-12", index=7, n=2, parts=4, part=3).id == "step-12/7#3"
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"parts": 2, "part": 2}, "part: 2 of 2 parts does not exist"),
+        ({"n": 2, "min_samples": 3}, "min_samples: 3 is over n=2"),
+        ({"n": 2, "parts": 2, "min_samples": 1}, "a split group is put together whole"),
+    ],
+    ids=repr,
+)
+def test_parts_and_fewest_samples_must_fit(fields: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValidationError, match=what):
+        job(**fields)
+
+
+def test_without_a_minimum_all_samples_are_needed() -> None:
+    assert job(n=8).fewest_samples == 8
+    assert job(n=8, min_samples=6).fewest_samples == 6
 
 
 @given(

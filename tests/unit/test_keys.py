@@ -14,15 +14,21 @@ names = st.from_regex(NAME_PATTERN, fullmatch=True)
 def every_key(keys: Keys, run: str, batch: str, worker: str) -> list[str]:
     return [
         *keys.lanes(run),
-        *(keys.parked, keys.delayed, keys.runs, keys.dead, keys.control, keys.acks, keys.policies, keys.policy),
-        *(keys.batch(run, batch), keys.open_batches(run), keys.results(run, batch), keys.run(run)),
-        *(keys.rollout, keys.worker(worker)),
+        *(keys.ready(run, lane) for lane in LANES),
+        *(keys.retries, keys.waiting, keys.parked, keys.exact, keys.delayed, keys.deadlines),
+        *(keys.runs, keys.dead, keys.control, keys.acks, keys.policies, keys.policy),
+        *(keys.batch(run, batch), keys.parts(run, batch), keys.results(run, batch)),
+        *(keys.open_batches(run), keys.run(run), keys.fair),
+        *(keys.rollout, keys.sweep, keys.ended, keys.worker(worker)),
     ]
 
 
 def test_no_key_is_left_out_of_these_tests() -> None:
     methods = {name for name in vars(Keys) if not name.startswith("_")} - {"pool"}
-    spelled = set(every_key.__code__.co_names) | {"jobs", "batch_prefix"}  # lanes are jobs; the prefix is tested below
+    # Lanes are jobs; streams are lanes and retries, tested below; all begin with the prefix, tested below too.
+    spelled = set(every_key.__code__.co_names) | {"jobs", "streams", "prefix"}
+    for code in every_key.__code__.co_consts:
+        spelled |= set(getattr(code, "co_names", ()))
     assert methods <= spelled
 
 
@@ -55,9 +61,19 @@ def test_lanes_are_read_most_urgent_first() -> None:
     assert LANES == ("high", "default", "low")
 
 
-def test_the_batch_prefix_is_completed_by_run_and_id() -> None:
+def test_a_job_can_be_in_somebodys_hands_on_every_lane_and_on_the_retries() -> None:
     keys = Keys("p")
-    assert f"{keys.batch_prefix}r:b" == keys.batch("r", "b")
+    assert keys.streams([]) == [keys.retries]
+    assert keys.streams(["r", "s"]) == [keys.retries, *keys.lanes("r"), *keys.lanes("s")]
+
+
+@given(names, names, names)
+def test_all_keys_of_a_pool_begin_with_its_prefix_and_those_of_another_do_not(
+    run: str, batch: str, worker: str
+) -> None:
+    keys, other = Keys("p"), Keys("p2")
+    assert all(key.startswith(keys.prefix) for key in every_key(keys, run, batch, worker))
+    assert not any(key.startswith(keys.prefix) for key in every_key(other, run, batch, worker))
 
 
 @pytest.mark.parametrize("pool", ["", "a:b", "a{b", "a}b", "a/b", "a b", ".a", "-a", "x" * 129])

@@ -35,13 +35,17 @@ from rollpool.schemas.wire import (
     check_msgpack,
     pack,
     pack_model,
+    pack_samples,
     unpack,
     unpack_command,
     unpack_group,
     unpack_job,
+    unpack_samples,
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "bodies.json"
+#: Bodies of jobs as they were written before a group could be split, and before it said how many samples are enough.
+EARLIER = Path(__file__).parent / "golden" / "bodies-before-parts.json"
 #: Set it to write the golden file anew, after a change of the format that is meant.
 REGENERATE = "ROLLPOOL_REGENERATE_GOLDEN"
 
@@ -74,22 +78,39 @@ samplings = st.builds(
     stop_token_ids=st.lists(st.integers(0, 2**31), max_size=3),
     ignore_eos=st.booleans(),
 )
-jobs = st.builds(
-    PromptJob,
-    run=names,
-    batch=names,
-    index=st.integers(0, 2**31),
-    prompt=st.text(min_size=1) | token_ids | messages,
-    n=st.integers(1, 1000),
-    sampling=samplings,
-    lane=st.sampled_from(LANES),
-    policy_version=versions,
-    max_staleness=st.none() | versions,
-    exact=st.booleans(),
-    deadline_ms=st.none() | st.integers(0, 2**53),
-    endpoint=st.sampled_from(["generate", "chat"]),
-    metadata=values,
+#: Parts of a split group, or a whole one with the samples that are enough.
+shapes = st.one_of(
+    st.integers(1, 1000).flatmap(
+        lambda parts: st.fixed_dictionaries(
+            {"parts": st.just(parts), "part": st.integers(0, parts - 1), "n": st.integers(1, 1000)}
+        )
+    ),
+    st.integers(1, 1000).flatmap(
+        lambda n: st.fixed_dictionaries({"n": st.just(n), "min_samples": st.none() | st.integers(1, n)})
+    ),
 )
+
+
+@st.composite
+def _jobs(draw: st.DrawFn) -> PromptJob:
+    return PromptJob(
+        run=draw(names),
+        batch=draw(names),
+        index=draw(st.integers(0, 2**31)),
+        prompt=draw(st.text(min_size=1) | token_ids | messages),
+        sampling=draw(samplings),
+        lane=draw(st.sampled_from(LANES)),
+        policy_version=draw(versions),
+        max_staleness=draw(st.none() | versions),
+        exact=draw(st.booleans()),
+        deadline_ms=draw(st.none() | st.integers(0, 2**53)),
+        endpoint=draw(st.sampled_from(["generate", "chat"])),
+        metadata=draw(values),
+        **draw(shapes),
+    )
+
+
+jobs = _jobs()
 
 
 @st.composite
@@ -175,6 +196,32 @@ def test_decoded_arrays_are_read_only_views_that_own_no_copy(model: BaseModel) -
         received: Any = array.base
         assert isinstance(received, bytes)
         assert np.shares_memory(array, np.frombuffer(received, np.uint8)) or not len(array)
+
+
+samples_by_position = st.dictionaries(st.integers(0, 1000), _samples(), max_size=4)
+
+
+@given(samples_by_position)
+def test_finished_samples_come_back_at_their_positions(samples: dict[int, Sample]) -> None:
+    assert same(unpack_samples(pack_samples(samples)), samples)
+
+
+@given(samples_by_position)
+def test_the_order_in_which_samples_finished_does_not_show(samples: dict[int, Sample]) -> None:
+    assert pack_samples(samples) == pack_samples(dict(reversed(samples.items())))
+
+
+@pytest.mark.parametrize(
+    "samples", [None, {}, [1], [[0]], [["0", {}]], [[0, {}]], [[0, 1, 2]], [[True, {}]], "samples"], ids=repr
+)
+def test_what_are_no_finished_samples_is_refused(samples: Any) -> None:
+    with pytest.raises(SchemaMismatch, match="samples"):
+        unpack_samples(pack({"schema": SCHEMA, "samples": samples}))
+
+
+def test_finished_samples_of_another_major_version_are_refused() -> None:
+    with pytest.raises(SchemaMismatch, match="same version on both sides"):
+        unpack_samples(pack({"schema": SCHEMA + 1, "samples": []}))
 
 
 def test_arrays_travel_as_little_endian_bytes() -> None:
@@ -263,7 +310,7 @@ def test_the_schema_number_comes_first() -> None:
 
 def only_schema_mismatch(body: bytes) -> None:
     """Decoding may succeed; if it fails, then by the one error that callers handle."""
-    for decode in DECODERS.values():
+    for decode in (*DECODERS.values(), unpack_samples):
         try:
             decode(body)
         except SchemaMismatch:
@@ -278,7 +325,7 @@ def test_a_truncated_body_gives_schema_mismatch_alone(body: bytes, data: st.Data
             decode(cut)
 
 
-@given(bodies, st.data())
+@given(bodies | samples_by_position.map(pack_samples), st.data())
 def test_damaged_bytes_give_schema_mismatch_alone(body: bytes, data: st.DataObject) -> None:
     damaged = bytearray(body)
     for place in data.draw(st.lists(st.integers(0, len(body) - 1), min_size=1, max_size=5)):
@@ -387,6 +434,8 @@ def golden_models() -> dict[str, BaseModel]:
         "job_messages": job(
             2, [{"role": "user", "content": "5 + 7?", "name": "x"}], lane="low", endpoint="chat", metadata=[1, None]
         ),
+        "job_part": job(3, "5 + 7?", n=4, parts=3, part=2),
+        "job_with_enough": job(4, "5 + 7?", n=8, min_samples=6),
         "group": Group(
             run="run-1",
             batch="step-12",
@@ -405,25 +454,51 @@ def golden_models() -> dict[str, BaseModel]:
     }
 
 
+def golden_samples() -> dict[int, Sample]:
+    """What travels with a job of which some samples are finished."""
+    group = golden_models()["group"]
+    assert isinstance(group, Group)
+    return {5: group.samples[0], 0: group.samples[1]}
+
+
+def golden_bodies() -> dict[str, bytes]:
+    return {
+        **{name: pack_model(model) for name, model in golden_models().items()},
+        "samples": pack_samples(golden_samples()),
+    }
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, str]:
     if os.environ.get(REGENERATE):
-        encoded = {name: pack_model(model).hex() for name, model in golden_models().items()}
+        encoded = {name: body.hex() for name, body in golden_bodies().items()}
         GOLDEN.write_text(json.dumps(encoded, indent=1) + "\n")
     stored: dict[str, str] = json.loads(GOLDEN.read_text())
     return stored
 
 
 def test_the_golden_file_has_one_of_each_body(golden: dict[str, str]) -> None:
-    assert golden.keys() == golden_models().keys()
+    assert golden.keys() == golden_bodies().keys()
 
 
-@pytest.mark.parametrize("name", golden_models())
+@pytest.mark.parametrize("name", golden_bodies())
 def test_encoding_is_what_it_always_was(name: str, golden: dict[str, str]) -> None:
-    assert pack_model(golden_models()[name]).hex() == golden[name], f"if this is meant, run with {REGENERATE}=1"
+    assert golden_bodies()[name].hex() == golden[name], f"if this is meant, run with {REGENERATE}=1"
 
 
 @pytest.mark.parametrize("name", golden_models())
 def test_bodies_written_before_are_still_read(name: str, golden: dict[str, str]) -> None:
     model = golden_models()[name]
     assert same(DECODERS[type(model)](bytes.fromhex(golden[name])), model)
+
+
+def test_samples_written_before_are_still_read(golden: dict[str, str]) -> None:
+    read = unpack_samples(bytes.fromhex(golden["samples"]))
+    assert list(read) == [0, 5]
+    assert same(read, golden_samples())
+
+
+@pytest.mark.parametrize("name", json.loads(EARLIER.read_text()))
+def test_bodies_of_an_earlier_minor_version_are_still_read(name: str) -> None:
+    model = golden_models()[name]
+    assert same(DECODERS[type(model)](bytes.fromhex(json.loads(EARLIER.read_text())[name])), model)
