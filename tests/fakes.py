@@ -1,15 +1,15 @@
 """Engines and owners that do what a test says, in its own process; and jobs to give them."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from rollpool.schemas import EngineUnavailable, PromptJob
-from rollpool.schemas.scripts import Entry
-from rollpool.schemas.wire import pack_model
+from rollpool.schemas import EngineUnavailable, PromptJob, Sample, VersionSpan
+from rollpool.schemas.scripts import Entry, Record
+from rollpool.schemas.wire import pack_model, pack_samples
 from rollpool.worker.engines.protocol import ChatRequest, Completion, EngineFacts, EngineLoad, SampleRequest
 from rollpool.worker.held import HeldJob
 
@@ -41,10 +41,35 @@ def entry_of(job: PromptJob, *, id: str = "1-1", **fields: bytes) -> Entry:
     return Entry(stream, id, plain | {name.encode(): value for name, value in fields.items()})
 
 
-def held_job(index: int = 0, *, attempts: int = 0, **fields: Any) -> HeldJob:
+def sample(tokens: int = 1, *, text: str = "x", version: int = 0) -> Sample:
+    # Not validated, as the generator makes them: an engine's text may be what no sample is allowed to hold.
+    return Sample.model_construct(
+        output_ids=np.arange(tokens, dtype=np.int32),
+        logprobs=np.full(tokens, -0.5, np.float32),
+        text=text,
+        finish_reason="stop",
+        version_spans=(VersionSpan(version, 0, tokens),),
+    )
+
+
+def held_job(
+    index: int = 0, *, record: Record | None = None, done: Mapping[int, Sample] | None = None, **fields: Any
+) -> HeldJob:
+    """As pulled and tokenized; an engine knows whose sample it makes by the first id, the job's index.
+
+    Args:
+        index: of the job in its batch.
+        record: what delivery has cost it.
+        done: samples that other hosts finished.
+        fields: of the job.
+    """
     made = job(index, **fields)
-    entry = entry_of(made, id=f"{index + 1}-1", attempts=str(attempts).encode())
-    return HeldJob(entry, made, 0.0, prompt_ids=np.array([1, 2], np.int32))
+    carried = {name: str(value).encode() for name, value in (record or Record()).fields().items()}
+    if done:
+        carried["done"] = pack_samples(done)
+    held = HeldJob.of(entry_of(made, id=f"{index + 1}-1", **carried), made, 0.0)
+    held.prompt_ids = np.array([index, 2], np.int32)
+    return held
 
 
 @dataclass(eq=False)

@@ -28,3 +28,7 @@ class ServerClock:
     def now_ms(self) -> int:
         """Milliseconds of server time."""
         return int(1000 * self._local()) + self._offset_ms
+
+    def seconds_to(self, time_ms: int) -> float:
+        """Seconds from now to a time of the server; negative when it is over."""
+        return (time_ms - self.now_ms()) / 1000

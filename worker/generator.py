@@ -1,7 +1,8 @@
 """Runs jobs on one engine: one call a sample, never more samples in the engine than the target.
 
-Invariant: a job handed in comes out by exactly one of the three callbacks of `Outlet`, or through `abandon`; finished
-samples survive the fault of a sibling.
+Invariant: a job handed in comes out by exactly one of the first four callbacks of `Outlet`, or through `abandon` or
+`drop`; finished samples survive the fault of a sibling; and no job is in the engine with more others than its record
+allows.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from rollpool.worker.engines.protocol import (
     new_rid,
 )
 from rollpool.worker.held import NO_IDS, HeldJob
+from rollpool.worker.suspects import least
 
 #: Calls of one sample on one engine before its job is given back: a lost connection is worth one more try where the
 #: finished siblings are, an engine that keeps losing them is not.
@@ -36,6 +38,10 @@ SICK_AFTER = 4
 _NO_LOGPROBS = np.empty(0, dtype=np.float32)
 
 
+class _ForgottenError(EngineUnavailable):
+    """Not worth another try on the same engine: it would take as long again."""
+
+
 class Outlet(Protocol):
     """Where jobs go when the generator is done with them."""
 
@@ -47,6 +53,9 @@ class Outlet(Protocol):
 
     def lost(self, held: HeldJob, error: str) -> None:
         """The engine failed it: the infrastructure's fault."""
+
+    def expired(self, held: HeldJob) -> None:
+        """Its deadline came before its last sample."""
 
     def broken(self, bug: BaseException) -> None:
         """Something of ours failed that cannot fail: what this host holds is not known any more."""
@@ -61,6 +70,8 @@ class Generator:
         target: samples in the engine at most.
         outlet: where jobs go.
         on_change: called when samples begin or end.
+        seconds_to: from now until a time of the server in milliseconds.
+        sample_timeout_s: a sample that takes longer is one that the engine forgot.
     """
 
     def __init__(
@@ -71,15 +82,26 @@ class Generator:
         target: int,
         outlet: Outlet,
         on_change: Callable[[], None],
+        seconds_to: Callable[[int], float],
+        sample_timeout_s: float,
     ) -> None:
         self._engine = engine
         self._version = version
         self._target = target
         self._outlet = outlet
         self._on_change = on_change
+        self._seconds_to = seconds_to
+        self._sample_timeout_s = sample_timeout_s
         self._waiting: deque[tuple[HeldJob, int]] = deque()
         self._tasks: dict[asyncio.Task[None], HeldJob] = {}
         self._jobs: set[HeldJob] = set()
+        #: Those of which a sample was begun: what a dying engine takes along.
+        self._inside: set[HeldJob] = set()
+        #: How many were taken out of the engine unfinished since it last made a sample.
+        self._taken_out = 0
+        #: Those whose record limits their company.
+        self._limited: set[HeldJob] = set()
+        self._alarms: dict[HeldJob, asyncio.TimerHandle] = {}
         self._unanswered = 0
         self._lost_in_a_row = 0
         #: Set once the engine loses job after job and makes nothing, though it answers; nothing begins any more.
@@ -104,8 +126,21 @@ class Generator:
 
     @property
     def room(self) -> int:
-        """Samples that could start now beyond those held."""
+        """Samples that could start now beyond those held; none while a job needs the others to leave."""
+        limit = least(held.record.company for held in self._limited)
+        if limit is not None and len(self._jobs) >= limit:
+            return 0
         return self._target - len(self._tasks) - len(self._waiting)
+
+    @property
+    def company(self) -> int:
+        """Jobs of which an engine that dies now may have died: those in it, and those it was rid of in vain."""
+        return len(self._inside) + self._taken_out
+
+    @property
+    def companies(self) -> list[int | None]:
+        """For each job here, how many may be in the engine with it, itself included; None: any number."""
+        return [held.record.company for held in self._jobs]
 
     def submit(self, jobs: Iterable[HeldJob]) -> None:
         """Take jobs over; their samples start as credits allow, in order."""
@@ -113,7 +148,12 @@ class Generator:
             if held.left:  # its lease was lost on the way here
                 continue
             self._jobs.add(held)
+            if held.record.company is not None:
+                self._limited.add(held)
             self._waiting.extend((held, index) for index in range(held.job.n) if index not in held.samples)
+            self._watch_deadline(held)
+            if len(held.samples) == held.job.n:  # other hosts finished them all
+                self._finish(held)
         self._fill()
 
     def drop(self, held: HeldJob) -> None:
@@ -123,8 +163,7 @@ class Generator:
 
     def abandon(self, *, started: bool = True) -> list[HeldJob]:
         """Stop work and hand back the jobs: all, or only those of which no sample was started."""
-        busy = set(self._tasks.values())
-        leaving = [held for held in self._jobs if started or (held not in busy and not held.samples)]
+        leaving = [held for held in self._jobs if started or held not in self._inside]
         for held in leaving:
             self._leave(held)
         return leaving
@@ -136,13 +175,34 @@ class Generator:
 
     def _fill(self) -> None:
         while self._waiting and len(self._tasks) < self._target and not self._unanswered and not self.sick.is_set():
-            held, index = self._waiting.popleft()
+            held, index = self._waiting[0]
+            if not held.left and not self._may_enter(held):
+                break
+            self._waiting.popleft()
             if held.left:
                 continue
+            self._inside.add(held)
             task = asyncio.create_task(self._sample(held, index))
             self._tasks[task] = held
             task.add_done_callback(self._ended)
         self._on_change()
+
+    def _may_enter(self, held: HeldJob) -> bool:
+        if not self._limited or held in self._inside:
+            return True
+        limit = least([held.record.company, *(each.record.company for each in self._limited & self._inside)])
+        return limit is None or len(self._inside) < limit
+
+    def _watch_deadline(self, held: HeldJob) -> None:
+        if held.job.deadline_ms is not None:
+            seconds = max(0.0, self._seconds_to(held.job.deadline_ms))
+            self._alarms[held] = asyncio.get_running_loop().call_later(seconds, self._expire, held)
+
+    def _expire(self, held: HeldJob) -> None:
+        if not held.left:
+            self._leave(held)
+            self._outlet.expired(held)
+            self._fill()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         held = self._tasks.pop(task)
@@ -152,9 +212,21 @@ class Generator:
             self._outlet.broken(bug)
         self._fill()
 
-    def _leave(self, held: HeldJob) -> None:
+    def _forget(self, held: HeldJob) -> None:
         held.left = True
         self._jobs.discard(held)
+        self._inside.discard(held)
+        self._limited.discard(held)
+        if alarm := self._alarms.pop(held, None):
+            alarm.cancel()
+
+    def _finish(self, held: HeldJob) -> None:
+        self._forget(held)
+        self._outlet.finished(held)
+
+    def _leave(self, held: HeldJob) -> None:
+        self._taken_out += held in self._inside
+        self._forget(held)
         for task, owner in self._tasks.items():
             if owner is held and task is not asyncio.current_task():
                 task.cancel()
@@ -181,19 +253,28 @@ class Generator:
             tell(held, reason)
 
     async def _call(self, held: HeldJob) -> Completion:
-        job = held.job
         for tries_left in reversed(range(TRIES_PER_SAMPLE)):
             try:
-                if job.endpoint == "chat":
-                    return await self._chat(held)
-                return await self._engine.generate(
-                    SampleRequest(rid=new_rid(), input_ids=held.prompt_ids, sampling=job.sampling)
-                )
-            except EngineUnavailable:
+                return await self._call_once(held)
+            except EngineUnavailable as error:
                 await self._until_it_answers()
-                if not tries_left:
+                if not tries_left or isinstance(error, _ForgottenError):
                     raise
         raise AssertionError("unreachable: the last try returns or raises")
+
+    async def _call_once(self, held: HeldJob) -> Completion:
+        """One call; an engine that goes on with others while this one never ends has forgotten it."""
+        try:
+            async with asyncio.timeout(self._sample_timeout_s):
+                if held.job.endpoint == "chat":
+                    return await self._chat(held)
+                return await self._engine.generate(
+                    SampleRequest(rid=new_rid(), input_ids=held.prompt_ids, sampling=held.job.sampling)
+                )
+        except TimeoutError:
+            raise _ForgottenError(
+                f"the engine did not end a sample within sample_timeout_s={self._sample_timeout_s:g} s"
+            ) from None
 
     async def _until_it_answers(self) -> None:
         """Wait while the engine is out of reach, and begin nothing: if it is dead, that is the host's to notice.
@@ -235,10 +316,8 @@ class Generator:
             finish_reason=completion.finish_reason,
             version_spans=(VersionSpan(self._version, 0, len(ids)),),
         )
-        self._lost_in_a_row = 0
+        self._lost_in_a_row = self._taken_out = 0
         self.samples_made += 1
         self.tokens_made += completion.completion_tokens
         if len(held.samples) == held.job.n:
-            self._jobs.discard(held)
-            held.left = True
-            self._outlet.finished(held)
+            self._finish(held)

@@ -13,7 +13,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from rollpool.schemas import Keys, WorkerStatus
+from rollpool.schemas import Keys, PromptJob, WorkerStatus
 from rollpool.worker.clock import ServerClock
 
 log = logging.getLogger(__name__)
@@ -75,16 +75,32 @@ class Neighbours:
         self._every_s = every_s
         self._clock = clock
         self._seen_at = -math.inf
-        self._versions: set[bytes] = set()
+        #: State and version served of each listed host.
+        self._seen: dict[str, tuple[bytes, bytes]] = {}
 
     async def anyone_serves(self, version: int) -> bool:
         """True when a listed host serves `version`."""
-        if self._clock() - self._seen_at >= self._every_s:
-            keys = self._client.scan_iter(match=self._keys.worker("*"), count=1000)
-            found: list[Any] = [await self._client.hget(key, "policy") async for key in keys]
-            self._versions = set(found)
-            self._seen_at = self._clock()
-        return str(version).encode() in self._versions
+        await self._look()
+        return any(policy == str(version).encode() for _, policy in self._seen.values())
+
+    async def anyone_else_may_run(self, job: PromptJob, worker: str) -> bool:
+        """True when a host other than `worker` serves a policy that the job's tag allows."""
+        await self._look()
+        return any(
+            name != worker and state == b"serving" and policy.isdigit() and job.may_run_on(int(policy))
+            for name, (state, policy) in self._seen.items()
+        )
+
+    async def _look(self) -> None:
+        if self._clock() - self._seen_at < self._every_s:
+            return
+        keys = [key async for key in self._client.scan_iter(match=self._keys.worker("*"), count=1000)]
+        async with self._client.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.hmget(key, ["name", "state", "policy"])
+            found: list[Any] = await pipe.execute()
+        self._seen = {name.decode(): (state, policy) for name, state, policy in found if name and policy}
+        self._seen_at = self._clock()
 
 
 async def works(client: Redis, keys: Keys, name: str) -> bool:

@@ -1,7 +1,7 @@
 """A job in this host's hands, from pull to settlement.
 
 Invariant: a `HeldJob` belongs to exactly one owner at a time (puller, generator, settler), and leaves the host by
-exactly one of: settled, given back, or dropped because another host has it.
+exactly one of: settled, given back, or dropped because another host has it or it was settled elsewhere.
 """
 
 from dataclasses import dataclass, field
@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rollpool.schemas import Group, Outcome, PromptJob, Sample
-from rollpool.schemas.scripts import Entry
+from rollpool.schemas import Group, Outcome, PromptJob, Sample, SchemaMismatch
+from rollpool.schemas.scripts import Entry, Record
+from rollpool.schemas.wire import unpack_samples
 
 #: The prompt of a job that never reached an engine, and the ids of a chat.
 NO_IDS: NDArray[np.int32] = np.empty(0, dtype=np.int32)
@@ -24,17 +25,29 @@ class HeldJob:
     job: PromptJob
     #: Local monotonic seconds.
     pulled_at: float
+    #: What delivery has cost it.
+    record: Record = field(default_factory=Record)
     #: [P], once tokenized.
     prompt_ids: NDArray[np.int32] = field(default_factory=lambda: NO_IDS)
-    #: Finished samples, by position in the group.
+    #: Finished samples, by position in the group; those of other hosts included.
     samples: dict[int, Sample] = field(default_factory=dict)
     #: True once it left the host; late samples of it are ignored.
     left: bool = False
 
+    @classmethod
+    def of(cls, entry: Entry, job: PromptJob, now: float) -> "HeldJob":
+        """As pulled, with what other hosts finished of it."""
+        return cls(entry, job, now, record=entry.record, samples=_finished_elsewhere(entry, job))
+
+    @property
+    def enough(self) -> bool:
+        """True when it may settle `ok` with the samples it has."""
+        return len(self.samples) >= self.job.fewest_samples
+
     def group(self, outcome: Outcome, *, worker: str, now: float, error: str | None = None) -> Group:
         """The group this job settles with; samples only when the outcome is `ok`."""
         job = self.job
-        samples = tuple(self.samples[index] for index in range(job.n)) if outcome == "ok" else ()
+        samples = tuple(sample for _, sample in sorted(self.samples.items())) if outcome == "ok" else ()
         # Every part was validated when it was made; validating the whole again would double the cost of a settlement.
         return Group.model_construct(
             run=job.run,
@@ -50,3 +63,14 @@ class HeldJob:
             worker=worker,
             seconds=now - self.pulled_at,
         )
+
+
+def _finished_elsewhere(entry: Entry, job: PromptJob) -> dict[int, Sample]:
+    """Samples that travelled with the entry; none where they cannot be read, since all can be made again."""
+    if not entry.done:
+        return {}
+    try:
+        samples = unpack_samples(entry.done)
+    except SchemaMismatch:
+        return {}
+    return {index: sample for index, sample in samples.items() if 0 <= index < job.n}

@@ -6,24 +6,27 @@ host has it; however its engine fares, it leaves by the settler.
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Sequence
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from rollpool.schemas import Keys
 from rollpool.schemas.connection import connect, runs_of
-from rollpool.schemas.scripts import Entry, Settled
+from rollpool.schemas.scripts import PART, READY, Entry, Place, Record, Settled, delayed
 from rollpool.worker.clock import ServerClock
 from rollpool.worker.held import HeldJob
-from rollpool.worker.leases import RENEWALS_PER_LEASE, Incarnation, LeaseKeeper
+from rollpool.worker.incarnation import Incarnation
+from rollpool.worker.leases import RENEWALS_PER_LEASE, LeaseKeeper
 from rollpool.worker.settler import Settler
+from rollpool.worker.suspects import after_death, after_loss, backoff_ms, history_line
 
 log = logging.getLogger(__name__)
 
-#: Milliseconds before a job that its engine lost runs again: about the time the host takes to see that its engine is
-#: dead and to stop pulling.
-LOST_DELAY_MS = 1000
+#: Seconds between tries to hear what was ended elsewhere, while the server is out of reach; renewals tell it too.
+LISTEN_AGAIN_S = 1.0
 
 
 class Holdings:
@@ -37,7 +40,7 @@ class Holdings:
         lease_s: after so long without renewal a job counts as lost.
         server_clock: times that other hosts read.
         on_change: a job came to its end.
-        on_gone: a job is another host's by now; its samples are of no use.
+        on_gone: a job is another host's by now, or was settled elsewhere; its samples are of no use.
         on_bug: what this host holds is not known any more.
     """
 
@@ -64,9 +67,10 @@ class Holdings:
         self._held: dict[tuple[str, str], HeldJob] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         # A renewal that hangs must fail, and be tried again, well within its lease.
-        self._lease_client = connect(url, timeout_s=max(1.0, lease_s / RENEWALS_PER_LEASE), retries=1)
+        timeout_s = max(1.0, lease_s / RENEWALS_PER_LEASE)
+        self._lease_client = connect(url, timeout_s=timeout_s, retries=1, slot_key=keys.runs)
         self._leases = LeaseKeeper(
-            self._lease_client, me, lease_s=lease_s, on_lost=self._tell_lost, on_bug=self._tell_bug
+            self._lease_client, keys, me, lease_s=lease_s, on_lost=self._tell_lost, on_bug=self._tell_bug
         )
         self.settler = Settler(client, keys, consumer=me.consumer, on_done=self._done, on_settled=self._count)
         #: Jobs this host settled as other than failed, and as failed.
@@ -80,7 +84,7 @@ class Holdings:
         """Return what an ended predecessor of this name on this host had, then keep leases."""
         self._loop = asyncio.get_running_loop()
         runs = await runs_of(self._client, self._keys)
-        self.know_streams([stream for run in runs for stream in self._keys.lanes(run)])
+        self.know_runs(runs)
         count = await asyncio.to_thread(self._leases.take_over)
         if count:
             log.info("returned %d jobs that this worker held before it was restarted", count)
@@ -91,19 +95,47 @@ class Holdings:
         await asyncio.to_thread(self._leases.stop)
         self._lease_client.close()
 
-    def know_streams(self, streams: Sequence[str]) -> None:
-        """The jobs streams there are: lost workers' jobs are looked for on all of them."""
-        self._leases.watch(streams)
+    async def listen(self) -> None:
+        """Hear of batches of which jobs were ended elsewhere, and stop work on those at once; until cancelled."""
+        while True:
+            try:
+                await self._listen_once()
+            except RedisError as error:
+                log.warning("listening for cancelled jobs: %s; trying again", error)
+                await asyncio.sleep(LISTEN_AGAIN_S)
+
+    async def _listen_once(self) -> None:
+        async with self._client.pubsub(ignore_subscribe_messages=True) as channel:
+            await channel.subscribe(self._keys.ended)
+            while True:
+                message = await channel.get_message(timeout=LISTEN_AGAIN_S)
+                if message is not None and self._has_any_of(message["data"].decode(errors="replace")):
+                    self._leases.look_again()
+
+    def _has_any_of(self, batch: str) -> bool:
+        return any(f"{held.job.run}:{held.job.batch}" == batch for held in self._held.values())
+
+    def know_runs(self, runs: Sequence[str]) -> None:
+        """The runs there are: lost workers' jobs are looked for on all their streams."""
+        self._leases.watch(self._keys.streams(runs))
 
     def hold(self, jobs: Sequence[HeldJob]) -> None:
         """Jobs that were pulled."""
         self._held.update({(held.entry.stream, held.entry.id): held for held in jobs})
         self._leases.hold([held.entry for held in jobs])
 
-    def return_all(self, jobs: Sequence[HeldJob], *, lost: bool) -> None:
-        """Give jobs back to their lanes; `lost` charges each an attempt, a planned move nothing."""
+    def return_all(self, jobs: Sequence[HeldJob]) -> None:
+        """Give jobs back to their lanes: a planned move, which costs them nothing."""
         for held in jobs:
-            self.settler.give_back(held, lost=lost)
+            self.settler.give_back(held)
+
+    def return_from_dead(self, jobs: Sequence[HeldJob], reason: str, *, company: int) -> None:
+        """Give back what was in an engine that died, of `company` suspects in all; who was its only one is charged."""
+        line = self._line(f"its engine died with {company} jobs in it", reason)
+        for held in jobs:
+            record = after_death(held.record, company=company, worker=self._worker, line=line)
+            # The first time at once: another host may have room. Later ones apart from each other.
+            self.settler.give_back(held, self._later(record) if record.losses > 1 else READY, record=record)
 
     # What the generator tells.
 
@@ -119,7 +151,23 @@ class Holdings:
     def lost(self, held: HeldJob, error: str) -> None:
         """The engine failed it; later, so that a dying engine does not burn its attempts."""
         log.warning("job %s goes back: %s", held.job.id, error)
-        self.settler.give_back(held, lost=True, delayed_until_ms=self._server_clock.now_ms() + LOST_DELAY_MS)
+        record = after_loss(held.record, worker=self._worker, line=self._line("lost", error))
+        self.settler.give_back(held, self._later(record), record=record)
+
+    def expired(self, held: HeldJob) -> None:
+        """Its deadline came; what is there is a group, where the trainer said that so much is enough."""
+        if held.enough:
+            self.finished(held)
+            return
+        error = f"its deadline came when {len(held.samples)} of {held.job.n} samples were there"
+        group = held.group("expired", worker=self._worker, now=time.monotonic(), error=error)
+        self.settler.settle(held, group)
+
+    def _later(self, record: Record) -> Place:
+        return delayed(self._server_clock.now_ms() + backoff_ms(record.losses, random.random()))
+
+    def _line(self, what: str, why: str) -> str:
+        return history_line(self._server_clock.now_ms() / 1000, f"{self._worker}: {what}: {why}")
 
     def broken(self, bug: BaseException) -> None:
         """A bug."""
@@ -134,7 +182,7 @@ class Holdings:
 
     def _count(self, replies: Sequence[Settled]) -> None:
         for reply in replies:
-            self.settled += reply.now and reply.outcome != "failed"
+            self.settled += reply.now and reply.outcome not in ("failed", PART)
             self.failed += reply.now and reply.outcome == "failed"
 
     def _tell_lost(self, entries: list[Entry]) -> None:
@@ -152,6 +200,6 @@ class Holdings:
             held = self._held.get((entry.stream, entry.id))
             if held is None or held.left:
                 continue  # on its way to the server: the scripts know whose it is
-            log.warning("job %s is held by another host by now; dropping it here", held.job.id)
+            log.warning("job %s is another host's by now, or was settled elsewhere; dropping it here", held.job.id)
             del self._held[entry.stream, entry.id]
             self._on_gone(held)

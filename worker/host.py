@@ -27,13 +27,14 @@ from rollpool.worker.generator import Generator
 from rollpool.worker.heartbeat import Heartbeat, Neighbours
 from rollpool.worker.held import HeldJob
 from rollpool.worker.holdings import Holdings
-from rollpool.worker.leases import Incarnation
+from rollpool.worker.incarnation import Incarnation
 from rollpool.worker.policy import ChangeTurn, PolicyChoice, Target
 from rollpool.worker.puller import Puller
 from rollpool.worker.saturation import Saturation
 from rollpool.worker.settings import WorkerSettings
 from rollpool.worker.tasks import cancelled, first_of, unless
 from rollpool.worker.tokenizer import PromptEncoder
+from rollpool.worker.triage import Budgets
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +188,8 @@ class Host:
 
     async def run(self) -> None:
         """Serve until told to stop. Raises SettingsError on what no retry can mend."""
-        background = [asyncio.create_task(part) for part in (self._holdings.settler.run(), self._heartbeat.run())]
+        parts = (self._holdings.settler.run(), self._holdings.listen(), self._heartbeat.run())
+        background = [asyncio.create_task(part) for part in parts]
         try:
             await self._choice.follower.catch_up()
             background.append(asyncio.create_task(self._choice.follower.run()))
@@ -290,7 +292,13 @@ class Host:
     def _session_of(self, engine: Engine, policy: Policy, encoder: PromptEncoder) -> Session:
         target = concurrency_target(engine.facts.max_running_requests, self._settings.oversubscription)
         generator = Generator(
-            engine, version=policy.version, target=target, outlet=self._holdings, on_change=self._nudge
+            engine,
+            version=policy.version,
+            target=target,
+            outlet=self._holdings,
+            on_change=self._nudge,
+            seconds_to=self._server_clock.seconds_to,
+            sample_timeout_s=self._settings.sample_timeout_s,
         )
         puller = Puller(
             client=self._client,
@@ -298,14 +306,15 @@ class Host:
             keys=self._keys,
             consumer=self._me.consumer,
             version=policy.version,
-            max_attempts=self._settings.max_attempts,
+            budgets=Budgets(attempts=self._settings.max_attempts, faults=self._settings.max_faults),
+            unread_bound=self._settings.unread_mib << 20,
             encoder=encoder,
             generator=generator,
             settler=self._holdings.settler,
             server_clock=self._server_clock,
             hold=self._holdings.hold,
-            know_streams=self._holdings.know_streams,
-            anyone_serves=self._neighbours.anyone_serves,
+            know_runs=self._holdings.know_runs,
+            neighbours=self._neighbours,
             paused=lambda: self.paused(),
             on_backlog=self._observe,
         )
@@ -348,16 +357,14 @@ class Host:
             if dead.done():
                 self._state, self._error = "starting", dead.result()
                 log.error("the engine died: %s", self._error)
-                self._holdings.return_all(session.generator.abandon(started=False), lost=False)
-                # What a sick engine had was charged as it was lost; the rest is innocent.
-                self._holdings.return_all(session.generator.abandon(), lost=not session.generator.sick.is_set())
+                self._return_from_dead(session, self._error)
                 ending = Ending.DEAD
             else:
                 self._state = "stopping" if stop.done() else "changing"
                 ending = Ending.STOP if stop.done() else Ending.CHANGE
                 await self._wind_down(session, dead)
             await pulling  # its error, if it ended by one, is a bug that ends the host
-            self._holdings.return_all(session.generator.abandon(), lost=False)  # what its last pull brought
+            self._holdings.return_all(session.generator.abandon())  # what its last pull brought
             if ending is Ending.CHANGE:
                 turn.result()  # as above
             return ending
@@ -409,7 +416,7 @@ class Host:
 
     async def _wind_down(self, session: Session, dead: asyncio.Task[str]) -> None:
         """Let what was started finish, for a while; the rest goes to other hosts now."""
-        self._holdings.return_all(session.generator.abandon(started=False), lost=False)
+        self._holdings.return_all(session.generator.abandon(started=False))
         drained = asyncio.create_task(session.generator.drain())
         cut_short = asyncio.create_task(self._cut_short.wait())
         try:
@@ -418,7 +425,16 @@ class Host:
             )
         finally:
             await cancelled([drained, cut_short])
-        self._holdings.return_all(session.generator.abandon(), lost=dead.done())
+        if dead.done():
+            self._return_from_dead(session, dead.result())
+        self._holdings.return_all(session.generator.abandon())
+
+    def _return_from_dead(self, session: Session, reason: str) -> None:
+        self._holdings.return_all(session.generator.abandon(started=False))
+        # What a sick engine had was charged as it was lost; the rest is innocent.
+        if not session.generator.sick.is_set():
+            company = session.generator.company
+            self._holdings.return_from_dead(session.generator.abandon(), reason, company=company)
 
     # What the parts tell.
 
@@ -451,7 +467,7 @@ class Host:
             await self._heartbeat.beat()
 
     def _connect(self) -> Redis:
-        client = connect_async(self._url)
+        client = connect_async(self._url, slot_key=self._keys.runs)
         self._clients.append(client)
         return client
 

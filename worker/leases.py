@@ -1,87 +1,30 @@
 """Leases: saying every few seconds which jobs this host still has, and noticing hosts that stopped saying so.
 
 Invariants: renewal never takes a job from its new owner; after the server was out of reach nobody reclaims for one
-whole lease, since every other host was cut off too; a predecessor's jobs are taken at once only when its process is
-known to have ended. All on a thread and connection of their own, which a busy event loop cannot delay.
+whole lease, since every other host was cut off too; the hosts take turns at looking for what others lost, so that many
+of them cost the server no more than few; a predecessor's jobs are taken at once only when its process is known to have
+ended. All on a thread and connection of their own, which a busy event loop cannot delay.
 """
 
 import logging
 import math
-import re
-import socket
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
-import psutil
 from redis import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
-from rollpool.schemas.keys import GROUP
-from rollpool.schemas.scripts import Entry, reclaim, renew
-from rollpool.schemas.scripts.leases import RECLAIM_AT_MOST
+from rollpool.schemas.keys import Keys
+from rollpool.schemas.scripts import Entry, renew
+from rollpool.worker.incarnation import Incarnation
+from rollpool.worker.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
 #: Renewals a lease: three may be late or lost before a live host loses a job.
 RENEWALS_PER_LEASE = 4
-
-#: Seconds by which the start of one process, told by two others, may differ: it is counted from the machine's own
-#: start, which Linux tells to the second.
-START_JITTER_S = 2
-
-_CONSUMER = re.compile(r"(?P<worker>.+):(?P<host>[^:]*)@(?P<pid>\d{1,9})-(?P<started>\d{1,12})", re.ASCII | re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Incarnation:
-    """One life of one worker: what tells it from the next worker of the same name."""
-
-    worker: str
-    host: str
-    pid: int
-    #: When the process started, in whole seconds since the epoch: process ids are used again.
-    started: int
-
-    @classmethod
-    def current(cls, worker: str) -> "Incarnation":
-        """This process."""
-        process = psutil.Process()
-        return cls(worker, socket.gethostname(), process.pid, int(process.create_time()))
-
-    @classmethod
-    def parse(cls, consumer: str) -> "Incarnation | None":
-        """Read a consumer's name; None when it is not one of ours."""
-        found = _CONSUMER.fullmatch(consumer)
-        if found is None:
-            return None
-        return cls(found["worker"], found["host"], int(found["pid"]), int(found["started"]))
-
-    @property
-    def consumer(self) -> str:
-        """Its name in the consumer group."""
-        return f"{self.worker}:{self.host}@{self.pid}-{self.started}"
-
-    def ended(self) -> bool:
-        """True only when it ran on this host and its process is provably gone."""
-        if self.host != socket.gethostname():
-            return False
-        return process_ended(self.pid, alive_at=self.started)
-
-
-def process_ended(pid: int, *, alive_at: float) -> bool:
-    """True only when the process of this machine that had this id at that time, in seconds since the epoch, is gone."""
-    try:
-        process = psutil.Process(pid)
-        if process.create_time() > alive_at + START_JITTER_S:
-            return True  # another one, with its id
-        return process.status() == psutil.STATUS_ZOMBIE  # killed, and its parent has not looked
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.Error:
-        return False
 
 
 class LeaseKeeper(threading.Thread):
@@ -89,10 +32,11 @@ class LeaseKeeper(threading.Thread):
 
     Args:
         client: a blocking client that nobody else uses.
+        keys: of the pool.
         me: this worker's incarnation.
         lease_s: after so long without renewal a job counts as lost.
         on_lost: called on this thread with entries that are not this consumer's any more: reclaimed by another host,
-            or settled a moment ago.
+            or settled a moment ago, here or elsewhere.
         on_bug: called on this thread with the error that ends it.
         clock: monotonic seconds.
     """
@@ -100,6 +44,7 @@ class LeaseKeeper(threading.Thread):
     def __init__(
         self,
         client: Redis,
+        keys: Keys,
         me: Incarnation,
         *,
         lease_s: float,
@@ -109,6 +54,7 @@ class LeaseKeeper(threading.Thread):
     ) -> None:
         super().__init__(name="rollpool-leases", daemon=True)
         self._client = client
+        self._keys = keys
         self._me = me
         self._lease_s = lease_s
         self._on_lost = on_lost
@@ -117,7 +63,10 @@ class LeaseKeeper(threading.Thread):
         self._held: dict[tuple[str, str], Entry] = {}
         self._streams: list[str] = []
         self._lock = threading.Lock()
-        self._stopping = threading.Event()
+        self._stopping = False
+        self._wake = threading.Event()
+        self._turn_due = 0.0
+        self._sweeper = Sweeper(client, keys, me, lease_s=lease_s)
         self._reachable_since = -math.inf
         self._heard_at: float | None = None
 
@@ -136,11 +85,20 @@ class LeaseKeeper(threading.Thread):
         with self._lock:
             self._streams = list(streams)
 
+    def look_again(self) -> None:
+        """Renew now: jobs of this host may have been settled elsewhere."""
+        self._wake.set()
+
     def run(self) -> None:
         """The thread."""
-        while not self._stopping.wait(self._lease_s / RENEWALS_PER_LEASE):
+        self._turn_due = self._clock() + self._lease_s / RENEWALS_PER_LEASE
+        while True:
+            self._wake.wait(max(0.0, self._turn_due - self._clock()))
+            self._wake.clear()
+            if self._stopping:
+                return
             try:
-                self.turn()
+                self._turn_or_look()
             except RedisError as error:
                 if self._heard_at is not None:
                     log.warning("leases: the server is out of reach (%s); trying again", error)
@@ -148,6 +106,14 @@ class LeaseKeeper(threading.Thread):
             except Exception as bug:  # without this thread every job would run twice: the host has to end
                 self._on_bug(bug)
                 return
+
+    def _turn_or_look(self) -> None:
+        """A whole round when it is due; when woken before, only what it was woken for."""
+        if self._clock() < self._turn_due:
+            self._renew()
+            return
+        self._turn_due = self._clock() + self._lease_s / RENEWALS_PER_LEASE
+        self.turn()
 
     def turn(self) -> None:
         """One round: renew first, so that a host that was frozen does not take its own jobs for lost."""
@@ -157,37 +123,24 @@ class LeaseKeeper(threading.Thread):
         if self._heard_at is None or now - self._heard_at > self._lease_s / 2:
             self._reachable_since = now
         self._heard_at = now
-        if now - self._reachable_since >= self._lease_s:
-            self._reclaim()
+        self._sweeper.expire()
+        if now - self._reachable_since >= self._lease_s and self._sweeper.is_my_turn():
+            self._sweeper.sweep(self._known_streams(), now)
 
     def stop(self) -> None:
         """End the thread."""
-        self._stopping.set()
+        self._stopping = True
+        self._wake.set()
         if self.is_alive():
             self.join()
 
     def take_over(self) -> int:
         """Return at once what ended predecessors of this name and host held; returns how many jobs."""
-        return sum(
-            self._return_all(stream, idle_ms=0, prefix=consumer)
-            for stream in self._known_streams()
-            for consumer in self._consumers(stream)
-            if self._is_ended_predecessor(consumer)
-        )
+        return self._sweeper.take_over(self._known_streams())
 
     def _known_streams(self) -> list[str]:
         with self._lock:
             return list(self._streams)
-
-    def _consumers(self, stream: str) -> list[str]:
-        try:
-            return [row["name"].decode(errors="replace") for row in self._client.xinfo_consumers(stream, GROUP)]
-        except ResponseError:  # no such stream, or no group: nobody holds anything
-            return []
-
-    def _is_ended_predecessor(self, consumer: str) -> bool:
-        before = Incarnation.parse(consumer)
-        return before is not None and before != self._me and before.worker == self._me.worker and before.ended()
 
     def _renew(self) -> None:
         by_stream: dict[str, list[Entry]] = defaultdict(list)
@@ -197,7 +150,7 @@ class LeaseKeeper(threading.Thread):
         if not by_stream:
             self._client.ping()
         for stream, entries in by_stream.items():
-            lost = set(renew(self._client, stream, consumer=self._me.consumer, entries=[e.id for e in entries]))
+            lost = renew(self._client, self._keys, stream, consumer=self._me.consumer, entries=entries)
             self._tell_lost([entry for entry in entries if entry.id in lost])
 
     def _tell_lost(self, lost: list[Entry]) -> None:
@@ -205,17 +158,3 @@ class LeaseKeeper(threading.Thread):
             lost = [entry for entry in lost if self._held.pop((entry.stream, entry.id), None)]
         if lost:
             self._on_lost(lost)
-
-    def _reclaim(self) -> None:
-        for stream in self._known_streams():
-            count = self._return_all(stream, idle_ms=int(1000 * self._lease_s))
-            if count:
-                log.warning("leases: returned %d jobs of lost workers to %s", count, stream)
-
-    def _return_all(self, stream: str, *, idle_ms: int, prefix: str = "") -> int:
-        total = 0
-        while True:
-            count = reclaim(self._client, stream, idle_ms=idle_ms, caller=self._me.consumer, prefix=prefix)
-            total += count
-            if count < RECLAIM_AT_MOST:
-                return total

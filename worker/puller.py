@@ -13,17 +13,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from rollpool.schemas import GROUP, Group, Keys, SamplingParams
+from rollpool.schemas import GROUP, Group, Keys, Outcome, SamplingParams
 from rollpool.schemas.connection import runs_of
-from rollpool.schemas.jobs import LANES
-from rollpool.schemas.scripts import Entry, pull
+from rollpool.schemas.scripts import Entry, delayed, exact, parked, pull, renew_async
 from rollpool.worker.clock import ServerClock
 from rollpool.worker.credits import MeanN, jobs_wanted
 from rollpool.worker.generator import Generator
+from rollpool.worker.heartbeat import Neighbours
 from rollpool.worker.held import NO_IDS, HeldJob
 from rollpool.worker.settler import Settler
+from rollpool.worker.suspects import admitted
 from rollpool.worker.tokenizer import PromptEncoder, PromptRefused, needs_thread
-from rollpool.worker.triage import Bury, Expire, Fail, Park, Passed, Run, Verdict, triage
+from rollpool.worker.triage import Avoid, Budgets, Bury, Expire, Fail, Park, Passed, Run, Verdict, triage
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +50,15 @@ class Puller:
         keys: Keys,
         consumer: str,
         version: int,
-        max_attempts: int,
+        budgets: Budgets,
+        unread_bound: int,
         encoder: PromptEncoder,
         generator: Generator,
         settler: Settler,
         server_clock: ServerClock,
         hold: Callable[[Sequence[HeldJob]], None],
-        know_streams: Callable[[Sequence[str]], None],
-        anyone_serves: Callable[[int], Awaitable[bool]],
+        know_runs: Callable[[Sequence[str]], None],
+        neighbours: Neighbours,
         paused: Callable[[], bool],
         on_backlog: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
@@ -66,14 +68,15 @@ class Puller:
         self._keys = keys
         self._consumer = consumer
         self._version = version
-        self._max_attempts = max_attempts
+        self._budgets = budgets
+        self._unread_bound = unread_bound
         self._encoder = encoder
         self._generator = generator
         self._settler = settler
         self._server_clock = server_clock
         self._hold = hold
-        self._know_streams = know_streams
-        self._anyone_serves = anyone_serves
+        self._know_runs = know_runs
+        self._neighbours = neighbours
         self._paused = paused
         self._on_backlog = on_backlog
         self._clock = clock
@@ -81,7 +84,6 @@ class Puller:
         self._mean_n = MeanN()
         self._runs: list[str] = []
         self._runs_at = -math.inf
-        self._turn = 0
         self._stopping = False
         self._changed = asyncio.Event()
         #: True while jobs wait that this host could run, as far as the last pull showed.
@@ -118,20 +120,21 @@ class Puller:
             return
         if not self._runs or self._clock() - self._runs_at >= BLOCK_MS / 1000:
             await self._find_runs()  # also while there is work: another run must not wait for the end of this one
-        streams = self._reading_order()
-        entries = await pull(
+        pulled = await pull(
             self._client,
             self._keys,
-            streams=streams,
+            runs=self._runs,
             consumer=self._consumer,
             wanted=wanted,
             version=self._version,
+            unread_bound=self._unread_bound,
         )
-        self._show_backlog(len(entries) == wanted)
+        entries = pulled.entries
+        self._show_backlog(len(entries) >= wanted)
         if not entries:
             if self.idle_since is None and not self._generator.jobs and not self._settler.unconfirmed:
                 self.idle_since = self._clock()
-            entries = await self._wait_for_jobs(streams)
+            entries = await self._wait_for_jobs([run for run in self._runs if run not in pulled.full])
         if entries:
             self.idle_since = None
             await self._take(entries)
@@ -147,15 +150,9 @@ class Puller:
         except TimeoutError:  # a pause ends without a change here
             return
 
-    def _reading_order(self) -> list[str]:
-        """Lanes by urgency; within a lane each run comes first in its turn."""
-        self._turn += 1
-        first = self._turn % len(self._runs) if self._runs else 0
-        runs = self._runs[first:] + self._runs[:first]
-        return [self._keys.jobs(run, lane) for lane in LANES for run in runs]
-
-    async def _wait_for_jobs(self, streams: list[str]) -> list[Entry]:
+    async def _wait_for_jobs(self, runs: Sequence[str]) -> list[Entry]:
         """Block until there is one; on one entry a stream, since the next pull takes the rest in order."""
+        streams = [stream for run in runs for stream in self._keys.lanes(run)]
         if not streams:
             await asyncio.sleep(LOOK_AGAIN_S)
             return []
@@ -166,13 +163,30 @@ class Puller:
         except ResponseError as error:
             if not any(word in str(error) for word in ("NOGROUP", "UNBLOCKED")):
                 raise
-            return []  # the stream vanished (FLUSHALL); the next pull begins it again
-        return Entry.from_streams(reply)
+            await self._make_groups(streams)
+            return []
+        return await self._still_open(Entry.from_streams(reply))
+
+    async def _make_groups(self, streams: Sequence[str]) -> None:
+        """Begin again at its first entry what was never a stream, or vanished (FLUSHALL)."""
+        async with self._client.pipeline(transaction=False) as pipe:
+            for stream in streams:
+                pipe.xgroup_create(stream, GROUP, id="0", mkstream=True)
+            await pipe.execute(raise_on_error=False)  # most are there already
+
+    async def _still_open(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Without those whose job was cancelled as the read began; a pull looks by itself."""
+        kept = []
+        for entry in entries:
+            lost = await renew_async(self._client, self._keys, entry.stream, consumer=self._consumer, entries=[entry])
+            if entry.id not in lost:
+                kept.append(entry)
+        return kept
 
     async def _find_runs(self) -> None:
         self._runs = await runs_of(self._client, self._keys)
         self._runs_at = self._clock()
-        self._know_streams([stream for run in self._runs for stream in self._keys.lanes(run)])
+        self._know_runs(self._runs)
 
     async def _take(self, entries: Sequence[Entry]) -> None:
         now = self._clock()
@@ -181,55 +195,72 @@ class Puller:
         for entry in entries:
             verdict = triage(
                 entry,
+                worker=self._worker,
                 version=self._version,
                 now_ms=self._server_clock.now_ms(),
-                max_attempts=self._max_attempts,
+                budgets=self._budgets,
             )
             if isinstance(verdict, Bury):
                 self._bury(entry, verdict.error)
                 continue
             self._mean_n.add(verdict.job.n)
-            held = HeldJob(entry, verdict.job, now)
-            if isinstance(verdict, Run):
-                running.append(held)
+            held = HeldJob.of(entry, verdict.job, now)
             held_jobs.append((held, verdict))
         self._hold([held for held, _ in held_jobs])
         for held, verdict in held_jobs:
-            if not isinstance(verdict, Run):
+            if isinstance(verdict, Run) or await self._must_run_here(verdict):
+                running.append(held)
+            else:
                 await self._turn_away(held, verdict)
         await self._start(running)
+
+    async def _must_run_here(self, verdict: Verdict) -> bool:
+        if not isinstance(verdict, Avoid):
+            return False
+        return not await self._ask(self._neighbours.anyone_else_may_run(verdict.job, self._worker))
 
     async def _turn_away(self, held: HeldJob, verdict: Verdict) -> None:
         match verdict:
             case Park(version=version):
-                self._settler.give_back(held, parked_for=version)
+                self._settler.give_back(held, parked(version))
+            case Avoid():
+                self._settler.give_back(held, delayed(self._server_clock.now_ms() + BLOCK_MS))
+            case Expire() | Fail() if held.enough:
+                await self._settle_with_what_is_there(held)
             case Expire():
                 self._settler.settle(held, self._dropped(held, "expired", "its deadline was over when it was pulled"))
             case Fail(error=error):
                 self._settler.settle(held, self._dropped(held, "failed", error), dead=error)
-            case Passed(job=job) if await self._may_be_served(job.policy_version):
-                # For one of those; a second's delay keeps it from coming straight back here.
-                self._settler.give_back(held, delayed_until_ms=self._server_clock.now_ms() + BLOCK_MS)
+            case Passed(job=job) if await self._ask(self._neighbours.anyone_serves(job.policy_version)):
+                self._settler.give_back(held, exact(job.policy_version))
             case Passed(job=job):
                 reason = f"exact job for policy {job.policy_version}: no host serves it, this one is on {self._version}"
                 self._settler.settle(held, self._dropped(held, "stale", reason))
 
-    async def _may_be_served(self, version: int) -> bool:
+    async def _settle_with_what_is_there(self, held: HeldJob) -> None:
+        """Other hosts made enough of it; the trainer needs the prompt's ids as well."""
+        refusals = await self._encoded([held])
+        for _, error in refusals:
+            self._settler.settle(held, self._dropped(held, "failed", error), dead=error)
+        if not refusals:
+            self._settler.settle(held, self._dropped(held, "ok", None))
+
+    async def _ask(self, question: Awaitable[bool]) -> bool:
         try:
-            return await self._anyone_serves(version)
+            return await question
         except RedisError as error:  # not known, and what was pulled with it must not wait for the answer
-            log.warning("looking for hosts on policy %d: %s", version, error)
+            log.warning("looking at the other hosts: %s", error)
             return True
 
-    def _dropped(self, held: HeldJob, outcome: str, error: str) -> Group:
-        return held.group(outcome, worker=self._worker, now=self._clock(), error=error)  # type: ignore[arg-type]
+    def _dropped(self, held: HeldJob, outcome: Outcome, error: str | None) -> Group:
+        return held.group(outcome, worker=self._worker, now=self._clock(), error=error)
 
     def _bury(self, entry: Entry, error: str) -> None:
         """Dead-letter what is not a job; where its plain fields name an open one, the trainer learns that it failed."""
         log.error("entry %s of %s is not a job: %s", entry.id, entry.stream, error)
-        batch, _, index = entry.fields.get(b"job", b"").decode(errors="replace").rpartition("/")
+        batch, _, index = entry.job.partition("#")[0].rpartition("/")
         group = Group.model_construct(
-            run=entry.fields.get(b"run", b"").decode(errors="replace"),
+            run=entry.run,
             batch=batch,
             # Nine digits: Python refuses to read numbers of thousands, which anyone could add by hand.
             index=int(index) if index.isascii() and index.isdigit() and len(index) < 10 else -1,
@@ -247,17 +278,22 @@ class Puller:
 
     async def _start(self, running: list[HeldJob]) -> None:
         if self._stopping or self._paused():  # what a read brought that had begun before is for hosts that go on
-            for held in running:
-                self._settler.give_back(held)
-            return
-        if any(needs_thread(held.job) for held in running):
-            refusals = await asyncio.to_thread(self._encode, running)
-        else:
-            refusals = self._encode(running)
+            taken = 0
+        else:  # a suspect runs in small company, or alone: what came with it is for others too
+            taken = admitted(self._generator.companies, [held.record.company for held in running])
+        for held in running[taken:]:
+            self._settler.give_back(held)
+        running = running[:taken]
+        refusals = await self._encoded(running)
         for held, error in refusals:
             self._settler.settle(held, self._dropped(held, "failed", error), dead=error)
         refused = {held for held, _ in refusals}
         self._generator.submit(held for held in running if held not in refused)
+
+    async def _encoded(self, running: Sequence[HeldJob]) -> list[tuple[HeldJob, str]]:
+        if any(needs_thread(held.job) for held in running):
+            return await asyncio.to_thread(self._encode, running)
+        return self._encode(running)
 
     def _encode(self, running: Sequence[HeldJob]) -> list[tuple[HeldJob, str]]:
         refusals = []

@@ -15,7 +15,9 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from redis import Redis
+from redis.connection import ConnectionPool, SSLConnection
 from redis.exceptions import RedisError
+from redis.sentinel import SentinelConnectionPool
 from rq import SimpleWorker, worker_registration
 from rq.logutils import setup_loghandlers
 from rq.serializers import JSONSerializer
@@ -26,7 +28,7 @@ from rq.worker import DequeueStrategy, WorkerStatus
 from rollpool.schemas import RollpoolError, SettingsError
 from rollpool.worker.engines.owner import owner_for
 from rollpool.worker.host import Host
-from rollpool.worker.leases import process_ended
+from rollpool.worker.incarnation import process_ended
 from rollpool.worker.settings import PREFIX, load_settings
 
 #: Seconds between looks at what RQ wants: its own worker looks as often.
@@ -199,18 +201,35 @@ async def _stop_at_limits(host: Host, burst: bool, max_jobs: int | None, max_idl
 
 def _url_of(connection: "Redis") -> str:
     """The URL of RQ's own connection; rollpool opens its own, since RQ forces long timeouts on that one."""
-    options = connection.connection_pool.connection_kwargs
+    pool = connection.connection_pool
+    options = pool.connection_kwargs
     user, password = (quote(options.get(name) or "", safe="") for name in ("username", "password"))
     login = f"{user}:{password}@" if user or password else ""
     db = options.get("db") or 0
     if path := options.get("path"):
         return f"unix://{login}{path}?db={db}"
-    host = options.get("host")
-    if not host:
-        raise SettingsError(f"{PREFIX}URL: rq worker was given no server but a Sentinel; name the server here")
-    place = f"[{host}]" if ":" in host else host
-    place = f"{login}{place}:{options.get('port', 6379)}/{db}"
-    if "SSL" not in connection.connection_pool.connection_class.__name__:
-        return f"redis://{place}"
-    tls = {name: value for name in _TLS_OPTIONS if (value := options.get(name)) is not None}
-    return f"rediss://{place}" + (f"?{urlencode(tls)}" if tls else "")
+    scheme = "rediss" if _speaks_tls(pool) else "redis"
+    query = {name: value for name in _TLS_OPTIONS if (value := options.get(name)) is not None}
+    if isinstance(pool, SentinelConnectionPool):
+        sentinels = [sentinel.connection_pool for sentinel in pool.sentinel_manager.sentinels]
+        if any(_speaks_tls(sentinel) != _speaks_tls(pool) for sentinel in sentinels):
+            raise SettingsError(
+                f"{PREFIX}URL: RQ speaks TLS to the Sentinels or to the master alone, rollpool to both or neither; "
+                "set SSL and SENTINEL_KWARGS alike, or name another server here"
+            )
+        asking = sentinels[0].connection_kwargs
+        query |= {f"sentinel_{name}": value for name in ("username", "password") if (value := asking.get(name))}
+        places = ",".join(_place(sentinel.connection_kwargs) for sentinel in sentinels)
+        url = f"{scheme}+sentinel://{login}{places}/{quote(pool.service_name, safe='')}/{db}"
+    else:
+        url = f"{scheme}://{login}{_place(options)}/{db}"
+    return f"{url}?{urlencode(query)}" if query else url
+
+
+def _speaks_tls(pool: ConnectionPool) -> bool:
+    return issubclass(pool.connection_class, SSLConnection)
+
+
+def _place(options: dict[str, Any]) -> str:
+    host = options.get("host") or "localhost"
+    return f"[{host}]:{options.get('port', 6379)}" if ":" in host else f"{host}:{options.get('port', 6379)}"

@@ -40,13 +40,22 @@ class WorkerSettings(BaseSettings):
     #: Samples kept in the engine, over what it runs at once: a quarter more than it runs waits inside it, so that it
     #: never idles for a round trip to the server.
     oversubscription: float = Field(default=1.25, ge=1.0, le=16.0)
-    #: A job not renewed for so long is returned. A live host renews four times a lease, and looks as often
-    #: for what others lost, so a job of a dead host is back in its lane within 1.25 leases.
-    lease_s: float = Field(default=10.0, ge=0.5, le=3600.0)
+    #: A job not renewed for so long is returned. A live host renews four times a lease, and the hosts look for what
+    #: others lost up to eight times, so a job of a dead host is back, first in its lane, within 1.375 leases: 11 s.
+    lease_s: float = Field(default=8.0, ge=0.5, le=3600.0)
     #: Seconds between heartbeats; a worker that misses five is listed no more.
     heartbeat_s: float = Field(default=2.0, ge=0.05, le=3600.0)
-    #: Workers and engines a job may lose before it is dead: NeMo-RL's budget for its infrastructure.
+    #: Losses of the infrastructure (a worker that died, a connection that broke) a job may meet before it is dead:
+    #: NeMo-RL's budget.
     max_attempts: int = Field(default=5, ge=1)
+    #: Engines or workers that may die while they run a job alone before it is dead: twice is no accident.
+    max_faults: int = Field(default=2, ge=1)
+    #: Seconds one sample may take before its engine counts as having forgotten it, and the job runs again: well over
+    #: what the longest completion takes.
+    sample_timeout_s: float = Field(default=1800.0, gt=0.0)
+    #: MiB of results that a run's trainer has not read, over which no more are made for it, while other runs go on:
+    #: bounds the server's memory when a trainer stops collecting; 0: no bound.
+    unread_mib: int = Field(default=1024, ge=0)
     #: Work in flight may finish for so long before a stop or a policy change gives it back. Preemption of a TPU VM
     #: leaves 30 s in all.
     drain_s: float = Field(default=20.0, ge=0.0, le=86400.0)

@@ -7,13 +7,30 @@ deadline or budget, and jobs whose tag forbids the policy served.
 from dataclasses import dataclass
 
 from rollpool.schemas import PromptJob, SchemaMismatch
-from rollpool.schemas.scripts import Entry
+from rollpool.schemas.scripts import Entry, Record
 from rollpool.schemas.wire import unpack_job
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """What a job may cost before it is dead."""
+
+    #: Losses charged to the infrastructure.
+    attempts: int
+    #: Losses charged to the job.
+    faults: int
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """Run it here."""
+
+    job: PromptJob
+
+
+@dataclass(frozen=True, slots=True)
+class Avoid:
+    """Run it here only where no other host can: it was lost here before, and is in danger of ending dead."""
 
     job: PromptJob
 
@@ -42,7 +59,7 @@ class Expire:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """It used up its attempts."""
+    """It used up a budget."""
 
     job: PromptJob
     error: str
@@ -55,17 +72,18 @@ class Bury:
     error: str
 
 
-Verdict = Run | Park | Passed | Expire | Fail | Bury
+Verdict = Run | Avoid | Park | Passed | Expire | Fail | Bury
 
 
-def triage(entry: Entry, *, version: int, now_ms: int, max_attempts: int) -> Verdict:
+def triage(entry: Entry, *, worker: str, version: int, now_ms: int, budgets: Budgets) -> Verdict:
     """Judge one entry for a host that serves policy `version`.
 
     Args:
         entry: as pulled.
+        worker: name of this host's worker.
         version: the policy version this host serves.
         now_ms: server time, milliseconds.
-        max_attempts: workers or engines a job may lose before it fails.
+        budgets: what a job may cost before it is dead.
     """
     try:
         job = unpack_job(entry.body)
@@ -77,10 +95,25 @@ def triage(entry: Entry, *, version: int, now_ms: int, max_attempts: int) -> Ver
         return Bury(f"the entry's fields name another job than its body, {job.run} {job.id}")
     if job.deadline_ms is not None and now_ms > job.deadline_ms:
         return Expire(job)
-    if entry.attempts >= max_attempts:
-        return Fail(job, f"{entry.attempts} workers or engines were lost while they had this job")
+    if why := _used_up(entry.record, budgets):
+        return Fail(job, why)
     if job.may_run_on(version):
-        return Run(job)
+        return Avoid(job) if _in_danger(entry.record, worker) else Run(job)
     if version < job.oldest_version:
         return Park(job, job.oldest_version)
     return Passed(job)
+
+
+def _used_up(record: Record, budgets: Budgets) -> str:
+    last = record.history.strip().rpartition("\n")[2]
+    tail = f"; the last time: {last}" if last else ""
+    if record.faults >= budgets.faults:
+        return f"{record.faults} engines or workers died while they had this job alone{tail}"
+    if record.attempts >= budgets.attempts:
+        return f"{record.attempts} workers or engines were lost while they had this job{tail}"
+    return ""
+
+
+def _in_danger(record: Record, worker: str) -> bool:
+    """One loss may be anybody's; from the second on the host itself may be what is wrong."""
+    return record.losses > 1 and record.avoid == worker

@@ -5,159 +5,35 @@ Each test ends with the books in order: every job enqueued is settled once or st
 
 import asyncio
 import contextlib
+import importlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeOwner, Reply, Request, completion, job
-from redis.asyncio import Redis as AsyncRedis
+from fakes import FakeEngine, FakeOwner, Reply, Request, completion, job
+from stage import POOL, RUN, Stage, answered, make_quick, running, staged
 from waiting import until
 
 from rollpool.ops.local.server import LocalServer
-from rollpool.producer import AsyncBatch, AsyncRolloutPool
-from rollpool.schemas import GROUP, Command, EngineUnavailable, Group, Keys, Policy, WorkerStatus
-from rollpool.schemas.connection import connect_async
-from rollpool.schemas.wire import pack, pack_model, unpack_group, unpack_job
-from rollpool.worker import holdings, puller
+from rollpool.producer import AsyncRolloutPool
+from rollpool.schemas import GROUP, Command, EngineUnavailable, Keys, Policy
+from rollpool.schemas.wire import pack, pack_model, unpack_job
 from rollpool.worker import host as host_module
 from rollpool.worker.engines.protocol import ChatRequest, RequestRefused, SampleRequest
-from rollpool.worker.host import Host
-from rollpool.worker.policy import follow, turn
-from rollpool.worker.settings import WorkerSettings
-
-POOL = "test"
-RUN = "r"
+from rollpool.worker.policy import follow
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same host with shorter waits."""
-    monkeypatch.setattr(puller, "BLOCK_MS", 50)
-    monkeypatch.setattr(puller, "LOOK_AGAIN_S", 0.02)
-    monkeypatch.setattr(follow, "BLOCK_MS", 50)
-    monkeypatch.setattr(follow, "RETRY_S", 0.05)
-    monkeypatch.setattr(turn, "TRY_EVERY_S", 0.02)
-    monkeypatch.setattr(host_module, "BACKOFF_S", 0.05)
-    monkeypatch.setattr(host_module, "BACKOFF_MOST_S", 0.2)
-    monkeypatch.setattr(holdings, "LOST_DELAY_MS", 50)
-
-
-class Stage:
-    """A pool with a trainer, to which a test adds hosts."""
-
-    def __init__(self, url: str, pool: AsyncRolloutPool, stack: AsyncExitStack) -> None:
-        self.url = url
-        self.pool = pool
-        self.keys = Keys(POOL)
-        self.client: AsyncRedis = connect_async(url)
-        #: The same, to look at what is there: its own types are unions over every protocol.
-        self.server: Any = self.client
-        self._stack = stack
-
-    async def host(self, owner: FakeOwner, name: str = "w", *, serving: bool = True, **settings: Any) -> Host:
-        """Start a host; it stops with the test."""
-        host = self.made(owner, name, **settings)
-        await self._stack.enter_async_context(running(host))
-        if serving:
-            await until(lambda: host.status().state == "serving", f"{name} serves")
-        return host
-
-    def made(self, owner: FakeOwner, name: str = "w", *, initial: str | None = "/policy/0", **settings: Any) -> Host:
-        given = {"lease_s": 1.0, "heartbeat_s": 0.1, "drain_s": 5.0, "engine": {"model_path": initial}, **settings}
-        return Host(self.url, POOL, name, WorkerSettings.model_validate(given), owner)
-
-    async def enqueue(self, count: int = 1, **options: Any) -> AsyncBatch:
-        prompts = options.pop("prompts", [[index + 1] for index in range(count)])
-        return await self.pool.enqueue_prompts(prompts, **{"policy_version": 0, **options})
-
-    async def states(self, batch: str) -> list[str]:
-        """Each job's state, in order."""
-        fields = await self.server.hgetall(self.keys.batch(RUN, batch))
-        by_index = {int(name): state.decode() for name, state in fields.items() if name.isdigit()}
-        return [by_index[index] for index in sorted(by_index)]
-
-    async def settled(self, batch: str, *outcomes: str) -> list[Group]:
-        """Wait until the batch has these outcomes; its groups, in the order of their prompts."""
-
-        async def done() -> bool:
-            return "open" not in await self.states(batch)
-
-        await until(done, f"{batch} is settled")
-        assert await self.states(batch) == list(outcomes)
-        entries = await self.server.xrange(self.keys.results(RUN, batch))
-        groups = [unpack_group(fields[b"body"]) for _, fields in entries]
-        return sorted(groups, key=lambda group: group.index)
-
-    async def dead(self) -> list[dict[bytes, bytes]]:
-        return [fields for _, fields in await self.server.xrange(self.keys.dead)]
-
-    async def acks(self) -> list[str]:
-        return [
-            f"{fields[b'worker'].decode()} {fields[b'state'].decode()} {fields[b'version'].decode()}"
-            for _, fields in await self.server.xrange(self.keys.acks)
-        ]
-
-    async def heartbeat(self, name: str) -> WorkerStatus | None:
-        fields = await self.server.hgetall(self.keys.worker(name))
-        return WorkerStatus.from_fields(fields) if fields else None
-
-    async def pending(self) -> int:
-        count = 0
-        for stream in self.keys.lanes(RUN):
-            if await self.server.exists(stream):
-                count += (await self.server.xpending(stream, GROUP))["pending"]
-        return count
-
-    async def check_books(self) -> None:
-        """Every job enqueued is settled once or open, everywhere it is counted; and nothing is held any more."""
-        counters = {name.decode(): int(n) for name, n in (await self.server.hgetall(self.keys.run(RUN))).items()}
-        states = Counter[str]()
-        async for key in self.server.scan_iter(match=self.keys.batch(RUN, "*")):
-            batch = key.decode().rpartition(":")[2]
-            found = Counter(await self.states(batch))
-            assert await self.server.xlen(self.keys.results(RUN, batch)) == found.total() - found["open"]
-            states += found
-        for outcome in ("open", "ok", "failed", "stale", "expired", "cancelled"):
-            assert counters.get(outcome, 0) == states[outcome], (counters, states)
-        assert counters.get("enqueued", 0) == states.total()
-        assert await self.pending() == 0
-        waiting = await self.server.zcard(self.keys.parked) + await self.server.zcard(self.keys.delayed)
-        for stream in self.keys.lanes(RUN):
-            waiting += await self.server.xlen(stream)
-        assert waiting == states["open"]
-
-
-@asynccontextmanager
-async def running(host: Host) -> AsyncIterator[asyncio.Task[None]]:
-    task = asyncio.create_task(host.run())
-    try:
-        yield task
-    finally:
-        host.stop_now()
-        await task
-
-
-@asynccontextmanager
-async def staged(url: str) -> AsyncIterator[Stage]:
-    async with AsyncRolloutPool(url, pool=POOL, run=RUN) as pool:
-        async with AsyncExitStack() as stack:
-            stage = Stage(url, pool, stack)
-            yield stage
-        await stage.check_books()
-        await stage.client.aclose()
+    make_quick(monkeypatch)
 
 
 @pytest.fixture
 async def stage(redis_url: str) -> AsyncIterator[Stage]:
     async with staged(redis_url) as made:
         yield made
-
-
-def answered(owner: FakeOwner) -> int:
-    return sum(len(engine.calls) for engine in owner.engines)
 
 
 # Settling
@@ -606,10 +482,10 @@ async def test_an_exact_job_goes_to_the_host_that_still_serves_its_version(stage
     assert new.status().policy == 1
     await stage.enqueue(1, policy_version=0, exact=True, batch_id="b")
 
-    async def delayed() -> int:
-        return int(await stage.server.zcard(stage.keys.delayed))
+    async def waits() -> int:
+        return int(await stage.server.zcard(stage.keys.exact))
 
-    await until(delayed)
+    await until(waits)
     assert await stage.states("b") == ["open"]
     for call in list(behind.engine.open.values()):
         call.answer.set_result(completion())
@@ -625,27 +501,223 @@ async def heartbeat_says(stage: Stage, name: str, policy: int) -> bool:
 # Engines that die
 
 
-async def test_an_engine_that_dies_costs_its_jobs_one_attempt_and_is_restarted(stage: Stage) -> None:
+async def test_an_engine_that_dies_charges_nobody_in_company_and_is_restarted(stage: Stage) -> None:
     owner = FakeOwner(holding=True)
     host = await stage.host(owner)
     await stage.enqueue(3, n=2, batch_id="b")
     await until(lambda: len(owner.engine.open) == host.status().target)
-    owner.holding = False
-    attempts: list[bytes | None] = []
-
-    def gone_back() -> Callable[[], Any]:
-        async def seen() -> bool:
-            entries = await stage.server.xrange(stage.keys.jobs(RUN, "default"))
-            attempts.extend(fields.get(b"attempts") for _, fields in entries)
-            return host.status().engine_restarts == 1 and host.status().state == "serving"
-
-        return seen
-
+    owner.holding, owner.gate = False, asyncio.Event()
     owner.die()
-    await until(gone_back())
+    await until(lambda: len(owner.opened) == 2 and not host.busy)
+    records = await stage.records()
+    assert {job: (record.attempts, record.faults) for job, record in records.items()} == {
+        f"b/{index}": (0, 0) for index in range(3)
+    }
+    assert all(record.company == 3 for record in records.values() if record.losses)
+    assert "its engine died with 3 jobs in it" in records["b/0"].history
+    owner.gate.set()
     await stage.settled("b", "ok", "ok", "ok")
-    assert set(attempts) - {None} <= {b"1"}
-    assert owner.opened == ["/policy/0"] * 2
+    assert host.status().engine_restarts == 1
+
+
+async def test_a_job_that_kills_engines_ends_dead_and_takes_no_innocent_with_it(stage: Stage) -> None:
+    owner = FakeOwner(slots=10)
+
+    def die_of_it(engine: FakeEngine) -> None:
+        if engine is owner.engine and engine.dead is None:
+            owner.die()
+
+    def reply(request: Request) -> Reply:
+        assert isinstance(request, SampleRequest)
+        if request.input_ids[0] == 5:
+            asyncio.get_running_loop().call_later(0.02, die_of_it, owner.engine)
+        return None
+
+    async def answer_the_innocent() -> None:
+        while True:
+            await asyncio.sleep(0.05)
+            for call in list(owner.engine.open.values()):
+                if (
+                    isinstance(call.request, SampleRequest)
+                    and call.request.input_ids[0] != 5
+                    and not call.answer.done()
+                ):
+                    call.answer.set_result(completion())
+
+    owner.reply = reply
+    host = await stage.host(owner, oversubscription=1.2)
+    answering = asyncio.create_task(answer_the_innocent())
+    await stage.enqueue(12, batch_id="b")
+    groups = await stage.settled("b", *["ok"] * 4, "failed", *["ok"] * 7)
+    assert "died while they had this job alone" in (groups[4].error or "")
+    [dead] = await stage.dead()
+    answering.cancel()
+    assert (dead[b"job"], dead[b"faults"]) == (b"b/4", b"2")
+    assert dead[b"history"].count(b"its engine died") == int(dead[b"losses"])
+    assert unpack_job(dead[b"body"]).id == "b/4"
+    # One death at first sight, one for each smaller company, two alone.
+    assert host.status().engine_restarts <= 5
+
+
+async def test_a_host_that_lost_a_job_twice_leaves_it_to_another(stage: Stage) -> None:
+    sick, well = FakeOwner(), FakeOwner()
+    sick.reply = lambda _: EngineUnavailable("500 Internal Server Error")
+    await stage.enqueue(1, batch_id="b")
+    await stage.host(sick, "sick", max_attempts=3)
+    await until(lambda: answered(sick) >= 6)  # twice lost, three calls each
+    await stage.host(well, "well", max_attempts=3)
+    [group] = await stage.settled("b", "ok")
+    assert group.worker == "well"
+
+
+async def test_a_sample_that_the_engine_forgot_is_made_again(stage: Stage) -> None:
+    owner = FakeOwner(slots=2)
+    first = iter([True])
+    owner.reply = lambda _: None if next(first, False) else completion()
+    host = await stage.host(owner, sample_timeout_s=0.2)
+    await stage.enqueue(4, batch_id="b")
+    await stage.settled("b", *["ok"] * 4)
+    assert owner.engine.calls[0].cancelled
+    assert host.status().engine_restarts == 0
+
+
+async def test_a_neighbour_that_left_just_before_a_death_was_company(stage: Stage) -> None:
+    """A killer hangs its engine and is cancelled; only then the engine counts as dead, and the other is alone in it."""
+    owner = FakeOwner(holding=True)
+    host = await stage.host(owner, lease_s=600.0)
+    killer = await stage.enqueue(1, batch_id="killer")
+    await stage.enqueue(1, batch_id="innocent")
+    await until(lambda: len(owner.engine.open) == 2)
+    await killer.cancel()
+    await until(lambda: len(owner.engine.open) == 1)
+    owner.gate, owner.holding = asyncio.Event(), False
+    owner.die("it made no progress")
+    await until(lambda: len(owner.opened) == 2 and not host.busy)
+    assert (await stage.records())["innocent/0"].company == 2
+    owner.gate.set()
+    await stage.settled("innocent", "ok")
+
+
+async def test_a_job_that_only_this_host_may_run_is_not_left_to_one_that_may_not(stage: Stage) -> None:
+    await stage.host(FakeOwner(), "old")
+    new, failing = FakeOwner(), [EngineUnavailable("500")] * 6  # twice lost, three calls each
+    new.reply = lambda _: failing.pop() if failing else completion()
+    await stage.host(new, "new", initial="/policy/1", initial_version=1)
+    await stage.enqueue(1, batch_id="b", policy_version=1, max_staleness=0)
+    [group] = await stage.settled("b", "ok")
+    assert group.worker == "new"
+
+
+async def test_a_group_of_enough_samples_has_its_prompt_where_no_engine_saw_it_again(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("rollpool.schemas.scripts.finish")  # its name is also a function's
+    monkeypatch.setattr(module, "EXPIRE_GRACE_MS", 600_000)  # the server itself is not to end it
+    first = FakeOwner(slots=8, holding=True)
+    host = stage.made(first, "first", drain_s=0.0)
+    async with running(host):
+        await until(lambda: host.status().state == "serving")
+        await stage.enqueue(n=4, min_samples=2, batch_id="b", prompts=[[7, 8, 9]], deadline=4.0)
+        await until(lambda: len(first.engine.open) == 4)
+        for call in list(first.engine.open.values())[:3]:
+            call.answer.set_result(completion())
+        await until(lambda: len(first.engine.open) == 1)
+    await asyncio.sleep(4.0)  # until it is over
+    await stage.host(FakeOwner(slots=8, holding=True), "second")
+    [group] = await stage.settled("b", "ok")
+    assert (len(group.samples), group.prompt_ids.tolist()) == (3, [7, 8, 9])
+
+
+# Deadlines, cancelling, parts
+
+
+async def test_a_deadline_ends_what_runs(stage: Stage) -> None:
+    owner = FakeOwner(holding=True)
+    host = await stage.host(owner)
+    await stage.enqueue(1, batch_id="b", deadline=0.5)
+    await until(lambda: len(owner.engine.open) == 1)
+    [group] = await stage.settled("b", "expired")
+    assert "0 of 1 samples" in (group.error or "")
+    await until(lambda: not owner.engine.open and not host.busy)
+    assert owner.engine.calls[0].cancelled
+
+
+async def test_a_deadline_ends_what_waits_for_a_policy_that_never_comes(stage: Stage) -> None:
+    await stage.host(FakeOwner())
+    await stage.enqueue(1, batch_id="b", policy_version=7, max_staleness=0, deadline=0.5)
+    await stage.settled("b", "expired")
+    assert await stage.server.zcard(stage.keys.parked) == 0
+
+
+async def test_enough_samples_are_a_group_when_the_deadline_comes(stage: Stage) -> None:
+    owner = FakeOwner(slots=8, holding=True)
+    await stage.host(owner)
+    await stage.enqueue(1, n=4, min_samples=2, batch_id="b", deadline=1.5)
+    await until(lambda: len(owner.engine.open) == 4)
+    for call in list(owner.engine.open.values())[:3]:
+        call.answer.set_result(completion())
+    [group] = await stage.settled("b", "ok")
+    assert len(group.samples) == 3
+
+
+async def test_cancelling_frees_the_engine_at_once(stage: Stage) -> None:
+    owner = FakeOwner(slots=4, holding=True)
+    host = await stage.host(owner, lease_s=600.0)  # renewals alone would take minutes to tell
+    batch = await stage.enqueue(3, batch_id="b")
+    await until(lambda: len(owner.engine.open) == 3)
+    await until(lambda: host.status().state == "serving")
+    assert await batch.cancel() == 3
+    await until(lambda: not owner.engine.open and not host.busy)
+    await stage.settled("b", *["cancelled"] * 3)
+
+
+async def test_finished_samples_go_with_a_job_that_is_given_back(stage: Stage) -> None:
+    first, second = FakeOwner(slots=8, holding=True), FakeOwner(slots=8, holding=True)
+    host = stage.made(first, "first", drain_s=0.0)
+    async with running(host):
+        await until(lambda: host.status().state == "serving")
+        await stage.enqueue(1, n=4, batch_id="b")
+        await until(lambda: len(first.engine.open) == 4)
+        for call in list(first.engine.open.values())[:3]:
+            call.answer.set_result(completion(first=100))
+        await until(lambda: len(first.engine.open) == 1)
+    await stage.host(second, "second")
+    await until(lambda: len(second.engine.open) == 1)
+    next(iter(second.engine.open.values())).answer.set_result(completion(first=200))
+    [group] = await stage.settled("b", "ok")
+    assert sorted(int(sample.output_ids[0]) for sample in group.samples) == [100, 100, 100, 200]
+    assert answered(second) == 1
+
+
+async def test_parts_of_a_group_run_on_two_hosts_and_come_back_as_one(stage: Stage) -> None:
+    owners = [FakeOwner(slots=2, holding=True) for _ in range(2)]
+    for owner, name in zip(owners, ("one", "two"), strict=True):
+        await stage.host(owner, name, oversubscription=1.0)
+    await stage.enqueue(1, n=4, split=2, batch_id="b")
+    await until(lambda: all(len(owner.engine.open) == 2 for owner in owners))
+    for number, owner in enumerate(owners):
+        assert await stage.states("b") == ["open"]
+        for call in list(owner.engine.open.values()):
+            call.answer.set_result(completion(first=100 * number))
+        await until(lambda owner=owner: not owner.engine.open)  # type: ignore[misc]
+    [group] = await stage.settled("b", "ok")
+    assert sorted(int(sample.output_ids[0]) for sample in group.samples) == [0, 0, 100, 100]
+    assert sorted(group.worker.split(",")) == ["one", "two"]
+
+
+async def test_a_run_whose_results_nobody_reads_stops_and_the_others_go_on(stage: Stage) -> None:
+    owner = FakeOwner()
+    owner.reply = lambda _: completion(tokens=30_000)  # some 240 KB a result
+    host = await stage.host(owner, unread_mib=1)
+    batch = await stage.enqueue(40, batch_id="b")
+    await until(lambda: host.settled > 0 and host.idle_seconds() > 0)
+    made = host.settled
+    assert 1 << 20 <= 240_000 * made < 5 << 20
+    async with AsyncRolloutPool(stage.url, pool=POOL, run="other") as other:
+        theirs = await other.enqueue_prompts([[1]], policy_version=0)
+        assert [group.index async for group in theirs.collect(timeout=30)] == [0]
+    assert (await stage.states("b")).count("open") == 40 - made
+    assert len([group async for group in batch.collect(timeout=60)]) == 40  # reading lets them be made
 
 
 async def test_a_dead_engine_costs_the_backlog_nothing_until_it_is_noticed(stage: Stage) -> None:

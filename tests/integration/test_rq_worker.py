@@ -8,14 +8,15 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from aiohttp import web
 from fake_engine import FakeServer, completion
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
-from redis.sentinel import Sentinel
 from rq import Queue
+from rq.cli.helpers import get_redis_from_config
 from rq.command import send_shutdown_command
 from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
@@ -24,6 +25,7 @@ from waiting import LONG, until
 
 from rollpool.producer import AsyncRolloutPool
 from rollpool.schemas import GROUP, Group, Keys, SettingsError
+from rollpool.schemas.connection import connect
 from rollpool.schemas.wire import unpack_group
 from rollpool.worker import RolloutWorker, rq_worker
 
@@ -379,7 +381,34 @@ def test_the_pools_url_is_that_of_rqs_connection(url: str) -> None:
         assert made.connection_kwargs.get(name) == wanted.connection_kwargs.get(name), name
 
 
-def test_a_sentinel_is_refused_by_name_since_its_server_is_not_known() -> None:
-    client = Sentinel([("localhost", 26379)]).master_for("mymaster")
+@pytest.mark.parametrize(
+    ("settings", "url"),
+    [
+        ({}, "redis+sentinel://localhost:26379/mymaster/0"),
+        (
+            {
+                "INSTANCES": [("one", 1), ("::1", 2)],
+                "MASTER_NAME": "pool",
+                "DB": 3,
+                "USERNAME": "user",
+                "PASSWORD": "p@s/s",
+                "SENTINEL_KWARGS": {"username": "asker", "password": "h&h"},
+            },
+            "redis+sentinel://user:p%40s%2Fs@one:1,[::1]:2/pool/3?sentinel_username=asker&sentinel_password=h%26h",
+        ),
+        (
+            {"SSL": True, "CONNECTION_KWARGS": {"ssl_ca_certs": __file__}, "SENTINEL_KWARGS": {"ssl": True}},
+            f"rediss+sentinel://localhost:26379/mymaster/0?{urlencode({'ssl_ca_certs': __file__})}",
+        ),
+    ],
+)
+def test_the_pools_url_is_that_of_rqs_sentinels(settings: dict[str, Any], url: str) -> None:
+    made = rq_worker._url_of(get_redis_from_config({"SENTINEL": settings}))  # type: ignore[no-untyped-call]
+    assert made == url
+    connect(made).close()  # it is one that rollpool understands
+
+
+def test_sentinels_that_speak_another_protocol_than_their_master_are_refused() -> None:
+    connection = get_redis_from_config({"SENTINEL": {"SSL": True}})  # type: ignore[no-untyped-call]
     with pytest.raises(SettingsError, match="ROLLPOOL_URL"):
-        rq_worker._url_of(client)
+        rq_worker._url_of(connection)

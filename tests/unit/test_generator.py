@@ -5,17 +5,20 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
-from fakes import FakeEngine, Reply, Request, completion, fake_engine, held_job
+from fakes import FakeEngine, Reply, Request, completion, fake_engine, held_job, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import until
 
 from rollpool.schemas import EngineUnavailable
+from rollpool.schemas.scripts import Record
 from rollpool.worker.engines.protocol import ChatRequest, Completion, RequestRefused, SampleRequest
 from rollpool.worker.generator import SICK_AFTER, TRIES_PER_SAMPLE, Generator
 from rollpool.worker.held import HeldJob
+from rollpool.worker.suspects import least
 
 LOST = EngineUnavailable("the connection broke")
 REFUSED = RequestRefused("the prompt is too long")
@@ -28,6 +31,7 @@ class Exits:
     finished_jobs: list[HeldJob] = field(default_factory=list)
     refusals: list[tuple[HeldJob, str]] = field(default_factory=list)
     losses: list[tuple[HeldJob, str]] = field(default_factory=list)
+    expiries: list[HeldJob] = field(default_factory=list)
     bugs: list[BaseException] = field(default_factory=list)
 
     def finished(self, held: HeldJob) -> None:
@@ -40,6 +44,10 @@ class Exits:
     def lost(self, held: HeldJob, error: str) -> None:
         self.losses.append((held, error))
 
+    def expired(self, held: HeldJob) -> None:
+        assert held.left
+        self.expiries.append(held)
+
     def broken(self, bug: BaseException) -> None:
         self.bugs.append(bug)
 
@@ -49,13 +57,48 @@ class Exits:
             ["finished"] * self.finished_jobs.count(held)
             + ["refused"] * [job for job, _ in self.refusals].count(held)
             + ["lost"] * [job for job, _ in self.losses].count(held)
+            + ["expired"] * self.expiries.count(held)
         )
 
 
 def generator(
-    engine: FakeEngine, exits: Exits, *, target: int = 4, on_change: Callable[[], None] | None = None
+    engine: FakeEngine,
+    exits: Exits,
+    *,
+    target: int = 4,
+    on_change: Callable[[], None] | None = None,
+    sample_timeout_s: float = 600.0,
 ) -> Generator:
-    return Generator(engine, version=7, target=target, outlet=exits, on_change=on_change or (lambda: None))
+    """Deadlines are milliseconds from when the job is handed in."""
+    return Generator(
+        engine,
+        version=7,
+        target=target,
+        outlet=exits,
+        on_change=on_change or (lambda: None),
+        seconds_to=lambda time_ms: time_ms / 1000,
+        sample_timeout_s=sample_timeout_s,
+    )
+
+
+def suspect(index: int, company: int, **fields: Any) -> HeldJob:
+    return held_job(index, record=Record(losses=2, company=company), **fields)
+
+
+def job_of(request: Request) -> int:
+    assert isinstance(request, SampleRequest)
+    return int(request.input_ids[0])
+
+
+def inside(engine: FakeEngine) -> set[int]:
+    """The jobs of which the engine makes a sample now."""
+    return {job_of(call.request) for call in engine.open.values()}
+
+
+def answer_all(engine: FakeEngine, *, but: Iterable[int] = ()) -> None:
+    for call in list(engine.open.values()):
+        if job_of(call.request) not in but and not call.answer.done():
+            call.answer.set_result(completion())
 
 
 @pytest.fixture
@@ -366,6 +409,290 @@ async def test_a_few_jobs_that_fail_among_others_make_no_engine_sick(engine: Fak
     assert not made.sick.is_set()
 
 
+# What others finished
+
+
+async def test_only_what_is_missing_of_a_job_is_made(engine: FakeEngine, exits: Exits) -> None:
+    engine.reply = lambda _: completion(5)
+    held = held_job(n=4, done={0: sample(version=3), 2: sample(version=3)})
+    made = generator(engine, exits)
+    made.submit([held])
+    await made.drain()
+    assert (exits.of(held), len(engine.calls), made.samples_made) == (["finished"], 2, 2)
+    assert [held.samples[index].versions for index in range(4)] == [(3,), (7,), (3,), (7,)]
+
+
+async def test_a_job_whose_samples_were_all_made_elsewhere_finishes_at_once(engine: FakeEngine, exits: Exits) -> None:
+    made = generator(engine, exits, target=1)
+    busy, whole = held_job(0, n=3), held_job(1, n=2, done={0: sample(), 1: sample()}, deadline_ms=20)
+    made.submit([busy, whole])
+    assert exits.finished_jobs == [whole]
+    assert made.jobs == 1
+    await asyncio.sleep(0.05)
+    assert exits.of(whole) == ["finished"]
+    engine.reply = lambda _: completion()
+    answer_all(engine)
+    await made.drain()
+    assert exits.of(busy) == ["finished"]
+
+
+async def test_what_others_began_and_this_host_did_not_is_untouched(engine: FakeEngine, exits: Exits) -> None:
+    made = generator(engine, exits, target=1)
+    running, waiting = held_job(0), held_job(1, n=2, done={0: sample()})
+    made.submit([running, waiting])
+    await until(lambda: inside(engine) == {0})
+    assert made.abandon(started=False) == [waiting]
+    assert sorted(waiting.samples) == [0]
+
+
+# Deadlines
+
+
+async def test_a_job_whose_deadline_comes_is_expired_once_and_leaves_the_engine(
+    engine: FakeEngine, exits: Exits
+) -> None:
+    made = generator(engine, exits, target=4)
+    late, other = held_job(0, n=3, deadline_ms=30), held_job(1, n=2)
+    made.submit([late, other])
+    await until(lambda: len(engine.open) == 4)
+    next(iter(engine.open.values())).answer.set_result(completion())
+    await until(lambda: exits.expiries == [late])
+    assert sorted(late.samples) == [0]
+    await until(lambda: inside(engine) == {1} and len(engine.open) == 2)  # its credits go to the others
+    assert sum(call.cancelled for call in engine.calls) == 2
+    answer_all(engine)
+    await made.drain()
+    assert (exits.of(late), exits.of(other), made.room) == (["expired"], ["finished"], 4)
+
+
+@pytest.mark.parametrize("deadline_ms", [0, 1])
+async def test_a_job_that_waits_here_expires_as_well(engine: FakeEngine, exits: Exits, deadline_ms: int) -> None:
+    made = generator(engine, exits, target=1)
+    running, waiting = held_job(0), held_job(1, deadline_ms=deadline_ms)
+    made.submit([running, waiting])
+    await until(lambda: exits.expiries == [waiting])
+    answer_all(engine)
+    await made.drain()
+    assert [job_of(call.request) for call in engine.calls] == [0]
+
+
+WAYS_OUT = ("finished", "refused", "lost", "dropped", "abandoned")
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+async def test_a_job_that_left_before_its_deadline_is_not_waited_for(
+    engine: FakeEngine, exits: Exits, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    alarms: list[asyncio.TimerHandle] = []
+
+    def call_later(delay: float, callback: Callable[..., object], *args: Any, **options: Any) -> asyncio.TimerHandle:
+        alarms.append(loop.call_at(loop.time() + delay, callback, *args, **options))
+        return alarms[-1]
+
+    made = generator(engine, exits)
+    held = held_job(deadline_ms=10**9)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "call_later", call_later)
+        made.submit([held])
+    [alarm] = alarms
+    await until(lambda: len(engine.open) == 1)
+    assert not alarm.cancelled()
+    [call] = engine.open.values()
+    match way:
+        case "finished":
+            call.answer.set_result(completion())
+        case "refused":
+            call.answer.set_exception(REFUSED)
+        case "lost":
+            engine.reply = lambda _: LOST
+            call.answer.set_exception(LOST)
+        case "dropped":
+            made.drop(held)
+        case "abandoned":
+            made.abandon()
+    await made.drain()
+    assert alarm.cancelled()
+    assert exits.expiries == []
+
+
+async def test_a_job_that_expires_frees_the_way_for_those_behind_it(engine: FakeEngine, exits: Exits) -> None:
+    made = generator(engine, exits)
+    running, alone, behind = held_job(0), suspect(1, 1, deadline_ms=30), held_job(2)
+    made.submit([running, alone, behind])
+    await until(lambda: inside(engine) == {0})
+    assert made.room == 0
+    await until(lambda: inside(engine) == {0, 2})
+    assert (exits.of(alone), made.room) == (["expired"], 2)
+
+
+# A sample that never ends
+
+
+async def test_a_sample_that_the_engine_forgot_is_lost_without_another_try(engine: FakeEngine, exits: Exits) -> None:
+    engine.reply = lambda request: None if job_of(request) == 0 else completion()
+    made = generator(engine, exits, target=4, sample_timeout_s=0.2)
+    forgotten = held_job(0, n=1)
+    made.submit([forgotten, *[held_job(index, n=2) for index in range(1, 20)]])
+    await until(lambda: len(exits.finished_jobs) == 19)
+    assert exits.losses == []
+    await until(lambda: bool(exits.losses))
+    [(held, error)] = exits.losses
+    assert held is forgotten
+    assert "sample_timeout_s=0.2" in error
+    assert [call.cancelled for call in engine.calls if job_of(call.request) == 0] == [True]
+    assert not made.sick.is_set()
+    await made.drain()
+    await until(lambda: made.room == 4)
+
+
+async def test_what_is_finished_of_a_job_survives_a_sample_that_was_forgotten(engine: FakeEngine, exits: Exits) -> None:
+    made = generator(engine, exits, target=4, sample_timeout_s=0.2)
+    held = held_job(n=3)
+    made.submit([held])
+    await until(lambda: len(engine.open) == 3)
+    for call in list(engine.open.values())[:2]:
+        call.answer.set_result(completion())
+    await made.drain()
+    assert (exits.of(held), sorted(held.samples)) == (["lost"], [0, 1])
+
+
+async def test_an_engine_that_forgets_everything_is_sick(engine: FakeEngine, exits: Exits) -> None:
+    made = generator(engine, exits, target=2, sample_timeout_s=0.02)
+    jobs = [held_job(index, n=2) for index in range(20)]
+    made.submit(jobs)
+    await until(made.sick.is_set)
+    await until(lambda: made.in_flight == 0)
+    assert SICK_AFTER <= len(exits.losses) <= SICK_AFTER + 1
+    assert len(made.abandon(started=False)) == 20 - len(exits.losses)
+
+
+# Company
+
+
+@pytest.mark.parametrize("place", range(5))
+async def test_a_suspect_runs_alone_from_its_first_sample_to_its_last(
+    engine: FakeEngine, exits: Exits, place: int
+) -> None:
+    made = generator(engine, exits, target=4)
+    jobs = [held_job(index, n=2) for index in range(4)]
+    jobs.insert(place, suspect(9, 1, n=7))
+    made.submit(jobs)
+    while made.jobs:
+        await until(lambda: bool(engine.open))
+        assert inside(engine) == {9} or 9 not in inside(engine)
+        next(iter(engine.open.values())).answer.set_result(completion())  # one by one: never in step
+        await settled_down()
+    assert exits.finished_jobs == jobs
+    order = [job_of(call.request) for call in engine.calls]
+    assert order == [held.job.index for held in jobs for _ in range(held.job.n)]
+
+
+@pytest.mark.parametrize("company", [2, 3])
+async def test_a_suspect_runs_in_the_company_it_may_have(engine: FakeEngine, exits: Exits, company: int) -> None:
+    made = generator(engine, exits, target=8)
+    jobs = [held_job(0), held_job(1), suspect(2, company, n=2), *[held_job(index) for index in range(3, 8)]]
+    made.submit(jobs)
+    await settled_down()
+    first = {0, 1} if company == 2 else {0, 1, 2}
+    assert inside(engine) == first
+    if company == 2:
+        answer_all(engine, but=[1])
+        await settled_down()
+        assert inside(engine) == {1, 2}
+    answer_all(engine, but=[2])
+    await settled_down()
+    assert inside(engine) == {2, *range(3, 2 + company)}
+    assert made.room == 0
+    answer_all(engine)
+    await settled_down()
+    assert inside(engine) == set(range(2 + company, 8))  # the suspect has left: normal flow again
+    answer_all(engine)
+    await made.drain()
+    assert exits.bugs == []
+    assert Counter(held.job.index for held in exits.finished_jobs) == Counter(range(8))
+
+
+async def test_there_is_no_room_while_a_job_needs_others_to_leave(engine: FakeEngine, exits: Exits) -> None:
+    changes = Counter[str]()
+    made = generator(engine, exits, target=8, on_change=lambda: changes.update(["change"]))
+    made.submit([held_job(0), held_job(1)])
+    assert (made.room, made.companies) == (6, [None, None])
+    made.submit([suspect(2, 1)])
+    assert made.room == 0
+    assert sorted(made.companies, key=str) == [1, None, None]
+    await until(lambda: inside(engine) == {0, 1})
+    answer_all(engine)
+    await until(lambda: inside(engine) == {2})
+    assert made.room == 0
+    before = changes.total()
+    answer_all(engine)
+    await until(lambda: made.room == 8)
+    assert changes.total() > before, "the puller hears of it"
+    assert made.companies == []
+
+
+async def test_a_suspect_with_room_for_company_leaves_room(engine: FakeEngine, exits: Exits) -> None:
+    made = generator(engine, exits, target=8)
+    made.submit([suspect(0, 3)])
+    assert made.room > 0
+    made.submit([held_job(1), held_job(2)])
+    assert made.room == 0
+
+
+async def test_the_strictest_of_several_suspects_counts(engine: FakeEngine, exits: Exits) -> None:
+    made = generator(engine, exits, target=8)
+    made.submit([suspect(0, 3), suspect(1, 2), held_job(2)])
+    await settled_down()
+    assert inside(engine) == {0, 1}
+    answer_all(engine, but=[0])
+    await settled_down()
+    assert inside(engine) == {0, 2}
+
+
+@pytest.mark.parametrize("way", ["dropped", "refused", "lost", "abandoned untouched"])
+async def test_the_flow_goes_on_when_a_suspect_leaves_however_it_leaves(
+    engine: FakeEngine, exits: Exits, way: str
+) -> None:
+    made = generator(engine, exits, target=4)
+    alone, behind = suspect(0, 1, n=2), held_job(1, n=2)
+    if way == "abandoned untouched":
+        made.submit([held_job(2), alone])
+        await until(lambda: inside(engine) == {2})
+        assert made.abandon(started=False) == [alone]
+        made.submit([behind])
+    else:
+        made.submit([alone, behind])
+        await until(lambda: len(engine.open) == 2)
+        assert inside(engine) == {0}
+        call = next(iter(engine.open.values()))
+        if way == "dropped":
+            made.drop(alone)
+        elif way == "refused":
+            call.answer.set_exception(REFUSED)
+        else:
+            engine.reply = lambda request: LOST if job_of(request) == 0 else None
+            call.answer.set_exception(LOST)
+    await until(lambda: 1 in inside(engine))
+    assert made.room == (1 if way == "abandoned untouched" else 2)
+    answer_all(engine)
+    await made.drain()
+    assert exits.of(behind) == ["finished"]
+
+
+async def test_jobs_that_never_reached_a_dying_engine_are_not_taken_for_its_company(
+    engine: FakeEngine, exits: Exits
+) -> None:
+    made = generator(engine, exits, target=8)
+    running, alone, behind = [held_job(0), held_job(1)], suspect(2, 1), held_job(3)
+    made.submit([*running, alone, behind])
+    await until(lambda: inside(engine) == {0, 1})
+    engine.fail_all(LOST)
+    await until(lambda: not engine.open)
+    assert set(made.abandon(started=False)) == {alone, behind}
+    assert set(made.abandon()) == set(running)
+
+
 OUTCOMES: list[Reply] = [completion(), completion(), completion(), LOST, REFUSED, None]
 ACTS = ("submit", "answer", "answer", "drop", "abandon", "abandon untouched", "let run")
 
@@ -378,10 +705,18 @@ def test_every_job_leaves_by_exactly_one_exit(seed: int, target: int, acts: list
 
 async def one_life(chance: random.Random, target: int, acts: Iterable[str]) -> None:
     exits, changes = Exits(), Counter[str]()
+    too_many: list[set[int]] = []
 
     def reply(request: Request) -> Reply:
-        assert isinstance(request, SampleRequest)
+        allowed = least(submitted[index].record.company for index in begun())
+        if allowed is not None and len(begun()) > allowed:
+            too_many.append(begun())
         return chance.choice(OUTCOMES)
+
+    def begun() -> set[int]:
+        """What an engine that dies now takes along: also where the job's next sample is still to begin."""
+        seen = {job_of(call.request) for call in engine.calls}
+        return {index for index in seen if not submitted[index].left} | inside(engine)
 
     engine = fake_engine(reply=reply)
     made = generator(engine, exits, target=target, on_change=lambda: changes.update(["change"]))
@@ -391,8 +726,12 @@ async def one_life(chance: random.Random, target: int, acts: Iterable[str]) -> N
     for act in acts:
         match act:
             case "submit":
-                submitted.append(held_job(len(submitted), n=chance.randint(1, 6)))
-                made.submit(submitted[-1:])
+                record = Record(company=chance.choice([None, None, None, 1, 1, 2, 3]))
+                n, deadline_ms = chance.randint(1, 6), chance.choice([None, None, 10**9, 0])
+                done = {index: sample() for index in range(n) if chance.random() < 0.1}
+                held = held_job(len(submitted), n=n, record=record, done=done, deadline_ms=deadline_ms)
+                submitted.append(held)
+                made.submit([held])
             case "answer":
                 for call in list(engine.open.values())[:2]:
                     if not call.answer.done():
@@ -406,21 +745,26 @@ async def one_life(chance: random.Random, target: int, acts: Iterable[str]) -> N
                 returned += made.abandon()
             case "abandon untouched":
                 untouched = made.abandon(started=False)
-                assert all(not held.samples for held in untouched)
+                assert not {held.job.index for held in untouched} & {job_of(call.request) for call in engine.calls}
                 returned += untouched
         for _ in range(chance.randint(0, 4)):
             await asyncio.sleep(0)
         assert len(engine.open) <= made.in_flight <= target
         assert made.jobs == sum(not held.left for held in submitted)
-    engine.reply = lambda _: completion()
-    while made.jobs:
-        for call in engine.open.values():
-            if not call.answer.done():
-                call.answer.set_result(completion())
+        if (limit := least(made.companies)) is not None and made.jobs >= limit:
+            assert made.room == 0
+    made_so_far = reply
+    engine.reply = lambda request: made_so_far(request) and completion()
+    for _ in range(10_000):
+        if not made.jobs:
+            break
+        answer_all(engine)
         await asyncio.sleep(0)
+    assert not made.jobs, "every job ends"
     await settled_down()
     for held in submitted:
         ways = exits.of(held) + ["returned"] * returned.count(held) + ["dropped"] * dropped.count(held)
         assert len(ways) == 1, ways
     assert engine.most_open <= target
     assert (made.in_flight, made.waiting, made.room, exits.bugs) == (0, 0, target, [])
+    assert too_many == [], "a job had more company in the engine than its record allows"

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from waiting import until_blocking
 
-from rollpool.worker.leases import START_JITTER_S, Incarnation
+from rollpool.worker.incarnation import START_JITTER_S, Incarnation, process_ended
 
 names = st.text("abcXYZ019.-_:@", min_size=1, max_size=40)
 hosts = st.text("abcXYZ019.-_", max_size=40)
@@ -87,3 +87,21 @@ def test_a_process_of_another_user_that_runs_has_not_ended() -> None:
     init = psutil.Process(1)
     assert os.getpid() != 1
     assert not Incarnation("w", socket.gethostname(), 1, int(init.create_time())).ended()
+
+
+def test_a_process_counts_by_when_it_was_seen_alive(process: subprocess.Popen[bytes]) -> None:
+    now = time.time()
+    assert not process_ended(process.pid, alive_at=now)
+    assert not process_ended(process.pid, alive_at=now + 3600)
+    assert process_ended(process.pid, alive_at=now - 3600)  # what had the id then is not what has it now
+    process.kill()
+    process.wait()
+    assert process_ended(process.pid, alive_at=now)
+
+
+def test_what_the_system_does_not_tell_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int) -> psutil.Process:
+        raise psutil.AccessDenied(pid)
+
+    monkeypatch.setattr(psutil, "Process", refuse)
+    assert not process_ended(1, alive_at=time.time())

@@ -5,6 +5,7 @@ import logging
 import multiprocessing as mp
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,20 @@ async def test_an_interpreter_that_is_not_there_is_a_setting(tmp_path: Path) -> 
     settings = EngineSettings(python=tmp_path / "python", jit_cache_dir=tmp_path / "jit")
     with pytest.raises(SettingsError, match=r"engine\.python"):
         await preflight(settings)
+
+
+async def test_a_probe_of_ones_own_says_what_the_environment_holds(tmp_path: Path) -> None:
+    script = tmp_path / "probe.py"
+    script.write_text(f"print({json.dumps(said(devices=2, platform='cpu').decode())})")
+    settings = EngineSettings(
+        python=Path(sys.executable), probe=script, device="cpu", tp_size=2, jit_cache_dir=tmp_path / "jit"
+    )
+    assert (await preflight(settings)).devices == 2
+
+
+async def test_a_probe_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="absent"):
+        await checks.probe(EngineSettings(python=Path(sys.executable), probe=tmp_path / "absent.py"))
 
 
 def _hold(path: Path, held: Any, let_go: Any) -> None:

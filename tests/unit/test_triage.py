@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from rollpool.schemas import PromptJob
 from rollpool.schemas.scripts import Entry
 from rollpool.schemas.wire import pack, pack_model
-from rollpool.worker.triage import Bury, Expire, Fail, Park, Passed, Run, Verdict, triage
+from rollpool.worker.triage import Avoid, Budgets, Bury, Expire, Fail, Park, Passed, Run, Verdict, triage
+
+BUDGETS = Budgets(attempts=3, faults=2)
 
 
 def judged(entry: Entry, *, version: int = 0, now_ms: int = 0) -> Verdict:
-    return triage(entry, version=version, now_ms=now_ms, max_attempts=3)
+    return triage(entry, worker="me", version=version, now_ms=now_ms, budgets=BUDGETS)
 
 
 tags = st.fixed_dictionaries(
@@ -103,14 +105,48 @@ def test_a_job_past_its_deadline_expires_whatever_its_tag_and_attempts() -> None
 @pytest.mark.parametrize(
     ("counts", "verdict"),
     [
-        ({"attempts": b"2"}, Run),
+        ({"attempts": b"2", "faults": b"1"}, Run),
         ({"attempts": b"3"}, Fail),
+        ({"faults": b"2"}, Fail),
+        ({"losses": b"99"}, Run),
         ({"attempts": b"-3"}, Run),
-        ({"attempts": b"9" * 5000, "faults": b"x"}, Run),
+        ({"attempts": b"9" * 5000, "faults": b"x", "losses": "²".encode(), "company": b"0", "avoid": b"\xff"}, Run),
     ],
 )
 def test_a_job_that_was_lost_too_often_fails(counts: dict[str, Any], verdict: type[Verdict]) -> None:
     assert isinstance(judged(entry_of(job(), **counts)), verdict)
+
+
+@pytest.mark.parametrize("counts", [{"attempts": b"3"}, {"faults": b"2"}])
+def test_a_job_that_fails_says_how_often_it_was_lost_and_how_the_last_time(counts: dict[str, Any]) -> None:
+    verdict = judged(entry_of(job(), history=b"first\nthe engine died\n", **counts))
+    assert isinstance(verdict, Fail)
+    assert verdict.error.endswith("the last time: the engine died")
+    assert verdict.error.startswith(next(iter(counts.values())).decode())
+    assert "first" not in verdict.error
+    bare = judged(entry_of(job(), **counts))
+    assert isinstance(bare, Fail)
+    assert bare.error.endswith("this job") or bare.error.endswith("alone")
+
+
+@pytest.mark.parametrize(
+    ("carried", "verdict"),
+    [
+        ({"losses": b"1", "avoid": b"me"}, Run),  # one may be anybody's
+        ({"losses": b"2", "avoid": b"me"}, Avoid),
+        ({"losses": b"2", "avoid": b"another"}, Run),
+        ({"losses": b"2"}, Run),
+        ({"losses": b"9", "avoid": b"me", "faults": b"2"}, Fail),
+    ],
+)
+def test_a_job_that_was_lost_here_twice_is_for_another_host(carried: dict[str, Any], verdict: type[Verdict]) -> None:
+    assert isinstance(judged(entry_of(job(), **carried)), verdict)
+
+
+def test_what_a_host_may_not_run_anyway_is_not_avoided() -> None:
+    lost_here: dict[str, Any] = {"losses": b"2", "avoid": b"me"}
+    assert isinstance(judged(entry_of(job(policy_version=5, max_staleness=0), **lost_here), version=4), Park)
+    assert isinstance(judged(entry_of(job(policy_version=5, exact=True), **lost_here), version=6), Passed)
 
 
 def test_an_exact_job_waits_for_its_version_and_has_passed_after_it() -> None:

@@ -79,7 +79,7 @@ async def preflight(settings: EngineSettings) -> ProbeReport:
 
 async def probe(settings: EngineSettings) -> ProbeReport:
     """Ask the engine's interpreter, in the environment the engine would get, what it is."""
-    script = str(resources.files("rollpool.worker") / "launch" / "probe.py")
+    script = str(settings.probe or resources.files("rollpool.worker") / "launch" / "probe.py")
     try:
         process = await asyncio.create_subprocess_exec(
             str(settings.python),

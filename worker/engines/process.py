@@ -128,10 +128,10 @@ class EngineProcess:
     async def stop(self) -> None:
         """End the engine: SIGTERM, and SIGKILL for its whole group after `stop_timeout_s`; idempotent.
 
-        SIGKILL at once where SIGTERM is known to be without effect: the server waits for ever when a
-        process of it is dead, and when requests were given up that still waited in its queue.
+        SIGKILL at once where SIGTERM may be without effect: the server waits for ever when a process of it is dead,
+        and when requests were given up that still waited in its queue, which from here cannot be told from others.
         """
-        hopeless = self._dead() is not None or self._progress.in_flight > 0
+        hopeless = self._dead() is not None or self._progress.in_flight > 0 or self._progress.given_up > 0
         self._stopping = True
         if self._engine is not None:
             await self._engine.close()

@@ -22,6 +22,9 @@ class ProgressWatch:
     clock: Callable[[], float]
     stall_timeout_s: float
     in_flight: int = 0
+    #: Requests that were given up before they ended; the main line never forgets one that waited in its queue then,
+    #: and its process does not end by SIGTERM any more.
+    given_up: int = 0
     _moved_at: float = field(default=0.0, init=False)
     _seen: EngineLoad | None = field(default=None, init=False)
 
@@ -36,6 +39,8 @@ class ProgressWatch:
         self.in_flight -= 1
         if completed:
             self._moved_at = self.clock()
+        else:
+            self.given_up += 1
 
     def observed(self, load: EngineLoad) -> None:
         """The engine told of itself; any change since it last did is progress."""

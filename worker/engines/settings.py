@@ -47,6 +47,8 @@ class EngineSettings(BaseModel):
     python: Path = Path(sys.executable)
     #: Script that starts the server; None: the one that comes with rollpool.
     launcher: Path | None = None
+    #: Script that says what the engine's environment holds, one line of JSON; None: the one that comes with rollpool.
+    probe: Path | None = None
     #: Model for a worker that starts before any policy was published.
     model_path: str | None = None
     #: The whole of a v4-8, as its users count it; the preflight says which value the devices allow.
