@@ -3,9 +3,10 @@
 `RolloutPool` is the way in, `AsyncRolloutPool` its twin for asyncio code.
 """
 
-from rollpool.producer.batch import AsyncBatch, Batch
+from rollpool.producer.batch import AsyncBatch
+from rollpool.producer.blocking import Batch, RolloutPool
 from rollpool.producer.pack import PackedBatch, pack
-from rollpool.producer.pool import AsyncRolloutPool, RolloutPool
+from rollpool.producer.pool import AsyncRolloutPool
 from rollpool.producer.report import BatchReport, Lengths
 from rollpool.producer.shared import enqueue_prompts
 from rollpool.schemas import (
@@ -22,6 +23,7 @@ from rollpool.schemas import (
     SamplingParams,
     SchemaMismatch,
     SettingsError,
+    StalenessRule,
     VersionSpan,
 )
 
@@ -46,6 +48,7 @@ __all__ = [
     "SamplingParams",
     "SchemaMismatch",
     "SettingsError",
+    "StalenessRule",
     "VersionSpan",
     "enqueue_prompts",
     "pack",

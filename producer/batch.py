@@ -1,34 +1,27 @@
 """What one `enqueue_prompts` call enqueued: its groups as they finish, its report, its commit.
 
 Invariant: over the life of one batch object each group is handed out exactly once, however often collecting is
-interrupted and begun again; until the commit the server keeps the results, so a restarted trainer gets them again.
+interrupted and begun again, and whatever the server loses as long as the prompts are here; until the commit the server
+keeps the results, so a restarted trainer gets them again.
 """
 
 import logging
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
 
-import numpy as np
-
+from rollpool.producer.cancel import cancel_batch, commit_batch
 from rollpool.producer.feed import Feed
 from rollpool.producer.inbox import Inbox
-from rollpool.producer.portal import Portal
 from rollpool.producer.progress import Show, progress_bar
 from rollpool.producer.report import BatchReport
-from rollpool.producer.server import Server
-from rollpool.schemas import scripts
-from rollpool.schemas.errors import RollpoolError
-from rollpool.schemas.jobs import SamplingParams
+from rollpool.producer.submit import Order, Submitter
+from rollpool.schemas.errors import RollpoolError, SettingsError
 from rollpool.schemas.results import Group
 
 _LOG = logging.getLogger("rollpool.producer")
 
-#: Jobs settled by one script when a batch is cancelled: bounds how long it keeps the server busy.
-_CANCEL_COUNT = 256
 
-
-class _Facts:
+class BatchFacts:
     """What both kinds of batch say without asking the server."""
 
     _inbox: Inbox
@@ -40,7 +33,7 @@ class _Facts:
 
     @property
     def size(self) -> int:
-        """Jobs in the batch, one a prompt."""
+        """Groups in the batch, one a prompt."""
         return self._inbox.size
 
     def __len__(self) -> int:
@@ -62,15 +55,36 @@ class _Facts:
         )
 
 
-class AsyncBatch(_Facts):
+class AsyncBatch(BatchFacts):
     """A batch for asyncio code; made by `AsyncRolloutPool.enqueue_prompts`."""
 
-    def __init__(self, server: Server, inbox: Inbox, content: str) -> None:
-        """For the pool, not for users; `content` is the digest of what was enqueued."""
+    def __init__(
+        self,
+        submitter: Submitter,
+        inbox: Inbox,
+        content: str,
+        order: Order | None = None,
+        siblings: Callable[[], Iterable["AsyncBatch"]] = tuple,
+        consumed_before: bool = False,
+    ) -> None:
+        """For the pool, not for users.
+
+        Args:
+            submitter: That of the pool.
+            inbox: For its groups.
+            content: Digest of what was enqueued.
+            order: What was sent; None where another process did.
+            siblings: All batches of the pool.
+            consumed_before: An earlier process collected it whole and committed it: nothing is to come.
+        """
         self.content = content
-        self._server = server
+        self._submitter = submitter
+        self._server = submitter.server
         self._inbox = inbox
-        self._committed = False
+        self._order = order
+        self._siblings = siblings
+        self._cancelled = False
+        self._committed = self._consumed_before = consumed_before
 
     @property
     def committed(self) -> bool:
@@ -82,66 +96,98 @@ class AsyncBatch(_Facts):
         """What has arrived; for the pool, not for users."""
         return self._inbox
 
-    def collect(self, timeout: float | None = None, *, progress: bool | str = False) -> AsyncGenerator[Group, None]:
+    def collect(
+        self, timeout: float | None = None, *, first_k: int | None = None, progress: bool | str = False
+    ) -> AsyncGenerator[Group, None]:
         """Yield `ok` groups as they finish, each exactly once over the life of this object.
 
-        A second call goes on where the first stopped, after a break, a timeout or a cancellation alike. Jobs that ended
-        otherwise are in `dropped`. Ends when every job is settled and every group was handed out.
+        A second call goes on where the first stopped, after a break, a timeout or a cancellation alike. Groups that
+        ended otherwise are in `dropped`. Ends when every job is settled and every group was handed out. A batch that
+        the server lost is enqueued again, under the same id; what was handed out is not handed out again.
 
         Args:
             timeout: Seconds from the call until waiting ends; None waits for ever. Groups that are here are
                 handed out even after it.
+            first_k: Groups that are enough, those handed out before included: when the last of them is handed out, all
+                that is open is cancelled. What finished meanwhile is not handed out; the report has it as `surplus`.
             progress: True, or a label, draws a bar on stderr (needs `rollpool[ops]`).
 
         Raises:
             PoolTimeout: Not all jobs are settled in time; nothing is lost.
-            RollpoolError: The server lost the batch; the message says what to do.
-            SettingsError: The bar cannot be drawn.
+            RollpoolError: The server lost the batch, and the prompts are not here since another process enqueued them.
+            SettingsError: The bar cannot be drawn, or `first_k` is below 1.
         """
-        feed = Feed(self._server, lambda: [self._inbox], timeout)
-        return hand_out_async(feed, self.bar(progress))
+        return hand_out_async(self.feed(timeout, first_k), self.bar(progress))
+
+    def feed(self, timeout: float | None, first_k: int | None) -> Feed:
+        """The groups still to be handed out; for the pool, not for users."""
+        if first_k is not None and first_k < 1:
+            raise SettingsError(f"first_k: expected 1 group or more, got {first_k!r}; cancel() ends the batch at once")
+        return Feed(self._server, self._to_collect, timeout, first_k=first_k, ahead=self._others)
+
+    def _to_collect(self) -> list["AsyncBatch"]:
+        return [] if self._consumed_before else [self]
+
+    def _others(self) -> list["AsyncBatch"]:
+        return [batch for batch in self._siblings() if batch is not self]
 
     def bar(self, progress: bool | str) -> AbstractContextManager[Show]:
         """The progress bar of this batch; for the pool, not for users."""
         return progress_bar(progress, f"batch {self.id}")
 
+    def sent(self, order: Order) -> None:
+        """Its prompts were sent, again or by another process before; for the pool, not for users."""
+        self._inbox.rewind()
+        if not self._inbox.all_read:
+            self._order = order
+
+    def all_was_read(self) -> None:
+        """Let go of the prompts; for the pool, not for users."""
+        self._order = None
+
+    async def enqueue_again(self) -> bool:
+        """Send it to a server that lost it; False where its prompts are not here; for the pool, not for users."""
+        if self._order is None:
+            return False
+        _LOG.warning(
+            "batch %s: the server at %s lost it, after %d of %d jobs arrived; it is enqueued again, and what was "
+            "handed out is not handed out again",
+            self.id,
+            self._server.place,
+            self._inbox.settled,
+            self.size,
+        )
+        # First: the reply of the next line may be lost, and then nobody comes by here again.
+        self._inbox.rewind()
+        await self._submitter.send_again(self._order)
+        if self._cancelled:
+            # What is here runs again all the same: this process may die before the trainer saves what it made of it.
+            for start, end in self._inbox.not_kept():
+                await cancel_batch(self._server, self.id, start, end - 1)
+        return True
+
+    def was_cancelled(self) -> None:
+        """It stays so should the server lose it; for the pool, not for users."""
+        self._cancelled = True
+
+    @property
+    def policy_version(self) -> int | None:
+        """The tag; None where another process enqueued it, or all was read; for the pool, not for users."""
+        return None if self._order is None else int(self._order.draft.shared["policy_version"])
+
     async def cancel(self) -> int:
-        """Settle every open job `cancelled`, at once; hosts discard them when they meet them.
+        """Settle every open job `cancelled`, at once; hosts discard what waits and stop what runs.
 
         Groups that were finished before are still handed out by `collect`; the cancelled ones are in `dropped`.
 
         Returns:
-            Jobs that this call cancelled.
+            Groups that this call cancelled.
 
         Raises:
             RollpoolError: The server cannot be reached.
         """
-        server, cancelled = self._server, 0
-        with server.doing(f"cancel of batch {self.id}"):
-            states: Any = await server.client.hgetall(server.keys.batch(server.run, self.id))
-            policy = int(states.get(b"policy", 0))
-            indexes = [int(name) for name, state in states.items() if state == b"open" and name.isdigit()]
-            for start in range(0, len(indexes), _CANCEL_COUNT):
-                chosen = [self._cancelled(index, policy) for index in indexes[start : start + _CANCEL_COUNT]]
-                cancelled += sum(done.now for done in await scripts.settle(server.client, server.keys, chosen))
-        return cancelled
-
-    def _cancelled(self, index: int, policy: int) -> scripts.Settlement:
-        """A settlement without an entry: the jobs stream is named and not touched."""
-        entry = scripts.Entry(self._server.keys.jobs(self._server.run, "default"), "", {})
-        nothing = np.empty(0, np.int32)
-        group = Group(
-            run=self._server.run,
-            batch=self.id,
-            index=index,
-            outcome="cancelled",
-            policy_version=policy,
-            prompt_ids=nothing,
-            samples=(),
-            sampling=SamplingParams(),
-            error="cancelled by the trainer",
-        )
-        return scripts.Settlement(entry, group)
+        self.was_cancelled()
+        return await cancel_batch(self._server, self.id)
 
     async def commit(self) -> None:
         """Say that the batch was consumed: the server drops its results, and a restart does not get them again.
@@ -149,55 +195,25 @@ class AsyncBatch(_Facts):
         Call it after the checkpoint that the groups were trained into is saved. May be repeated.
 
         Raises:
-            RollpoolError: Jobs are still open, or the server does not know the batch.
+            RollpoolError: Jobs are still open, or the server does not know the batch and not all of it was collected.
         """
         if self._committed:
             return
-        with self._server.doing(f"commit of batch {self.id}"):
-            open_jobs = await scripts.commit(
-                self._server.client, self._server.keys, run=self._server.run, batch=self.id
-            )
+        server, inbox = self._server, self._inbox
+        open_jobs = await commit_batch(server, self.id, handed=inbox.handed, consumed_whole=inbox.complete)
         if open_jobs > 0:
             raise RollpoolError(
                 f"batch {self.id}: {open_jobs} of {self.size} jobs are open, so it cannot be committed; collect it "
                 "to the end first, or cancel() it"
             )
-        if open_jobs < 0:
+        if open_jobs < 0 and not inbox.complete:
             raise RollpoolError(
-                f"batch {self.id}: the server at {self._server.place} does not know it, so there is nothing to commit: "
-                "it was committed long ago, or the server lost its data"
+                f"batch {self.id}: the server at {server.place} does not know it, so there is nothing to commit: "
+                "it was committed long ago, or the server lost its data; collect() enqueues again what it can"
             )
-        if not self._inbox.complete:
+        if not inbox.complete:
             _LOG.warning("batch %s was committed before all its groups were collected; the rest is gone", self.id)
         self._committed = True
-
-
-class Batch(_Facts):
-    """A batch for blocking code: the same as `AsyncBatch`; made by `RolloutPool.enqueue_prompts`."""
-
-    def __init__(self, batch: AsyncBatch, portal: Portal, server: Server) -> None:
-        self._batch = batch
-        self._portal = portal
-        self._server = server
-        self._inbox = batch.inbox
-
-    @property
-    def committed(self) -> bool:
-        """True after `commit`."""
-        return self._batch.committed
-
-    def collect(self, timeout: float | None = None, *, progress: bool | str = False) -> Generator[Group, None, None]:
-        """Yield `ok` groups as they finish; parameters and errors as `AsyncBatch.collect`."""
-        feed = Feed(self._server, lambda: [self._inbox], timeout)
-        return hand_out(feed, self._portal, self._batch.bar(progress))
-
-    def cancel(self) -> int:
-        """Settle every open job `cancelled`, at once; returns how many. See `AsyncBatch.cancel`."""
-        return self._portal.run(self._batch.cancel())
-
-    def commit(self) -> None:
-        """Say that the batch was consumed; errors as `AsyncBatch.commit`. May be repeated."""
-        self._portal.run(self._batch.commit())
 
 
 async def hand_out_async(
@@ -207,26 +223,6 @@ async def hand_out_async(
     with bar as show:
         while n is None or n > 0:
             inbox = feed.ready() or await feed.wait()
-            if inbox is None:
-                return
-            group = inbox.head()
-            show(inbox.settled, len(inbox.dropped), inbox.size)
-            n = None if n is None else n - 1
-            inbox.given += 1
-            yield group
-
-
-def hand_out(
-    feed: Feed, portal: Portal, bar: AbstractContextManager[Show], n: int | None = None
-) -> Generator[Group, None, None]:
-    """As `hand_out_async`, for blocking code.
-
-    Groups are taken from the inbox in the caller's thread, and only the wait runs in the portal: a result that came
-    back just as the caller was interrupted would be lost.
-    """
-    with bar as show:
-        while n is None or n > 0:
-            inbox = feed.ready() or portal.run(feed.wait())
             if inbox is None:
                 return
             group = inbox.head()

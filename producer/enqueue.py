@@ -32,8 +32,14 @@ _PROMPTS: TypeAdapter[list[Any]] = TypeAdapter(
     list[Prompt], config=ConfigDict(strict=True, arbitrary_types_allowed=True)
 )
 
-#: Fields of a job that differ inside a batch; the others are encoded once.
+#: Into how many jobs a group may be split: the server puts so many parts together in one step.
+MAX_SPLIT = 1000
+
+#: Fields of a job that differ from prompt to prompt; the others are encoded once.
 _OWN = ("index", "prompt", "metadata")
+
+#: What parameters are called where the job's field has another name.
+_PARAMETERS = {"batch": "batch_id", "parts": "split"}
 
 #: Values that come back from msgpack as they went in: not worth trying.
 _PLAIN = (type(None), str, bytes, int, float, bool)
@@ -43,9 +49,9 @@ _PLAIN = (type(None), str, bytes, int, float, bool)
 class Draft:
     """A batch, checked and encoded but for its deadline, which is a time of the server."""
 
-    #: Shared fields of the jobs, `schema` first.
+    #: Shared fields of the jobs, `schema` first; of a split group, those of its first part.
     shared: Mapping[str, Any]
-    #: What is a job's own, encoded, in order.
+    #: What is a prompt's own, encoded, in order.
     own: Sequence[bytes]
     previews: Sequence[str]
     #: Digest of everything but the deadline: a batch made again later has another one, and is still the same.
@@ -58,15 +64,27 @@ class Draft:
         """The batch's id."""
         return str(self.shared["batch"])
 
+    @property
+    def size(self) -> int:
+        """Prompts, each a group."""
+        return len(self.own)
+
+    @property
+    def parts(self) -> int:
+        """Jobs of each group."""
+        return int(self.shared["parts"])
+
     def previews_and_bodies(self, deadline_ms: int | None) -> list[str | bytes]:
-        """Return the arguments of the enqueue script: preview, body, preview, body and so on.
+        """Return the arguments of the enqueue script: preview, body, preview, body and so on, a group's parts in order.
 
         Args:
             deadline_ms: Server time in milliseconds, or None.
         """
-        head = wire.MapTemplate({**self.shared, "deadline_ms": deadline_ms}, _OWN).head
-        bodies = [head + own for own in self.own]
-        return list(itertools.chain.from_iterable(zip(self.previews, bodies, strict=True)))
+        shared = {**self.shared, "deadline_ms": deadline_ms}
+        heads = [wire.MapTemplate({**shared, "part": part}, _OWN).head for part in range(self.parts)]
+        bodies = [head + own for own in self.own for head in heads]
+        previews = [preview for preview in self.previews for _ in heads]
+        return list(itertools.chain.from_iterable(zip(previews, bodies, strict=True)))
 
 
 def draft(
@@ -75,6 +93,8 @@ def draft(
     run: str,
     policy_version: int,
     n: int = 1,
+    split: int = 1,
+    min_samples: int | None = None,
     sampling: SamplingParams | Mapping[str, Any] | None = None,
     max_staleness: int | None = None,
     exact: bool = False,
@@ -94,6 +114,8 @@ def draft(
         index=0,
         prompt=checked[0],
         n=_plain_int(n),
+        parts=_plain_int(split),
+        min_samples=_plain_int(min_samples),
         sampling=_checked_sampling(sampling),
         lane=lane,
         policy_version=_plain_int(policy_version),
@@ -102,6 +124,7 @@ def draft(
         endpoint=endpoint,
     )
     shared = {"schema": wire.SCHEMA} | {name: value for name, value in first if name not in _OWN}
+    shared["n"] = _samples_of_a_part(first)
     own, content = _encoded(shared, checked, _checked_metadata(metadata, len(checked)))
     return Draft(shared, own, [preview_of(prompt) for prompt in checked], content, _checked_deadline(deadline))
 
@@ -170,8 +193,20 @@ def _first_job(**fields: Any) -> PromptJob:
         return PromptJob(**fields)
     except ValidationError as error:
         where, what = _first(error)
-        name = {"batch": "batch_id"}.get(str(where[0]), str(where[0])) if where else "job"
-        raise InvalidPrompt(f"{name}: {what}, got {fields.get(str(where[0]) if where else '')!r:.80}") from None
+        if not where:  # what the model says of several fields together begins with their names
+            raise InvalidPrompt(what) from None
+        name = str(where[0])
+        raise InvalidPrompt(f"{_PARAMETERS.get(name, name)}: {what}, got {fields.get(name)!r:.80}") from None
+
+
+def _samples_of_a_part(job: PromptJob) -> int:
+    if job.parts > MAX_SPLIT:
+        raise InvalidPrompt(f"split: {job.parts} parts are over the limit of {MAX_SPLIT}; give each part more samples")
+    if job.n % job.parts:
+        raise InvalidPrompt(
+            f"split: {job.n} samples do not divide into {job.parts} equal parts; choose a divisor of n={job.n}"
+        )
+    return job.n // job.parts
 
 
 def _plain_int(value: Any) -> Any:
@@ -211,7 +246,7 @@ def _encoded(shared: Mapping[str, Any], prompts: list[Any], metadata: list[Any])
         except (TypeError, ValueError, OverflowError, RecursionError, SchemaMismatch) as error:
             raise _not_carried(index, prompt, error) from None
         digest.update(own)
-        total += len(own) + len(template.head)
+        total += (len(own) + len(template.head)) * shared["parts"]
         encoded.append(own)
     if total > MAX_BATCH_BYTES:
         raise InvalidPrompt(

@@ -1,7 +1,7 @@
 """What has arrived of one batch; pure, no I/O.
 
-Invariant: each group is handed out at most once, whatever is read twice; what counts as consumed is a prefix of the
-order of arrival, so one number says it.
+Invariant: each group is handed out at most once, whatever is read twice, and every job is in exactly one count of the
+report; what counts as consumed is a prefix of the order of arrival, so one number says it.
 """
 
 import logging
@@ -27,8 +27,9 @@ class Inbox:
         """`consumed`: indexes that an earlier process handed out; they are not handed out again."""
         self.batch = batch
         self.size = size
-        #: Id of the last entry read from the results stream.
+        #: Id of the last entry read from the results stream, and the bytes of the results up to there.
         self.cursor = BEGIN
+        self.read_bytes = 0
         #: Groups handed out, of those in `_order`. A consumer sets it before it yields, with no call in between, so
         #: that a Ctrl-C falls before or after and never between the two.
         self.given = 0
@@ -39,12 +40,15 @@ class Inbox:
         self._order: list[int] = []
         self._groups: dict[int, Group] = {}
         self._released = 0
-        self._kept_outputs: list[int] = []
-        self._kept_prompts: list[int] = []
+        self._first_k: int | None = None
+        #: Lengths of prompt and outputs of each group that is kept.
+        self._kept: dict[int, tuple[int, list[int]]] = {}
+        self._surplus_prompts: list[int] = []
 
-    def add(self, entry: str, group: Group) -> None:
-        """Take in one entry of the results stream."""
+    def add(self, entry: str, group: Group, size: int = 0) -> None:
+        """Take in one entry of the results stream, of `size` bytes."""
         self.cursor = entry
+        self.read_bytes += size
         if group.index in self._read:
             return
         self._read.add(group.index)
@@ -52,11 +56,38 @@ class Inbox:
         if group.outcome != "ok":
             self._drop(group)
             return
-        self._kept_outputs += [len(sample.output_ids) for sample in group.samples]
-        self._kept_prompts.append(len(group.prompt_ids))
+        self._kept[group.index] = len(group.prompt_ids), [len(sample.output_ids) for sample in group.samples]
         if group.index not in self._before:
             self._order.append(group.index)
             self._groups[group.index] = group
+            self._drop_surplus()
+
+    def rewind(self) -> None:
+        """Read the stream from its beginning again: the server may have another one by now."""
+        self.cursor, self.read_bytes = BEGIN, 0
+
+    def keep_first(self, count: int) -> None:
+        """Hand out no more than `count` groups in all; what else is or comes here is surplus."""
+        self._first_k = count
+        self._drop_surplus()
+
+    def reached(self, count: int) -> bool:
+        """True when the next group is the last of the first `count`, or all these went, and there may be more."""
+        return self.handed + self.ready >= count and not (self.all_read and len(self._order) <= self._places(count))
+
+    def _places(self, count: int) -> int:
+        """Groups of `_order` that are among the first `count`; what was handed out stays handed out."""
+        return max(self.given, count - len(self._before))
+
+    def _drop_surplus(self) -> None:
+        if self._first_k is None:
+            return
+        places = self._places(self._first_k)
+        for index in self._order[places:]:
+            del self._groups[index]
+            prompt, _ = self._kept.pop(index)
+            self._surplus_prompts.append(prompt)
+        del self._order[places:]
 
     def _drop(self, group: Group) -> None:
         if self.outcomes[group.outcome] == 1:
@@ -73,6 +104,11 @@ class Inbox:
     def ready(self) -> bool:
         """True when a group waits to be handed out."""
         return self.given < len(self._order)
+
+    @property
+    def handed(self) -> int:
+        """Groups handed out, here and before a resume."""
+        return len(self._before) + self.given
 
     @property
     def settled(self) -> int:
@@ -100,20 +136,26 @@ class Inbox:
         """Indexes handed out, here and before a resume."""
         return as_ranges(sorted(self._before.union(self._order[: self.given])))
 
+    def not_kept(self) -> Ranges:
+        """Indexes of which no group is kept here."""
+        return as_ranges([index for index in range(self.size) if index not in self._kept])
+
     def report(self) -> BatchReport:
         """Counts and lengths of what was read."""
+        dropped = [*(len(group.prompt_ids) for group in self.dropped), *self._surplus_prompts]
         return BatchReport(
             batch=self.batch,
             enqueued=self.size,
-            ok=self.outcomes["ok"],
+            ok=len(self._kept),
+            surplus=len(self._surplus_prompts),
             failed=self.outcomes["failed"],
             stale=self.outcomes["stale"],
             expired=self.outcomes["expired"],
             cancelled=self.outcomes["cancelled"],
             open=self.size - self.settled,
-            kept_outputs=Lengths.of(self._kept_outputs),
-            kept_prompts=Lengths.of(self._kept_prompts),
-            dropped_prompts=Lengths.of([len(group.prompt_ids) for group in self.dropped if len(group.prompt_ids)]),
+            kept_outputs=Lengths.of([length for _, outputs in self._kept.values() for length in outputs]),
+            kept_prompts=Lengths.of([prompt for prompt, _ in self._kept.values()]),
+            dropped_prompts=Lengths.of([length for length in dropped if length]),
         )
 
 

@@ -1,47 +1,38 @@
-"""The trainer's view of a pool: enqueue, collect, commit, publish, resume.
+"""The trainer's view of a pool: enqueue, collect, cancel, commit, publish, resume; for asyncio code.
 
-Invariant: a batch is on the server whole or not at all, and under one `batch_id` there is one batch. There is one
-implementation, the asyncio one; `RolloutPool` runs it in a portal. What a pool object handed out is in its
+Invariant: under one `batch_id` there is one batch, here as on the server. What a pool object handed out is in its
 `state_dict`, so that a trainer that saves it with its weights trains nothing twice and skips nothing.
 """
 
-import asyncio
-import functools
-import inspect
 import logging
-import time
-import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Self
 
 from rollpool.producer import publish
-from rollpool.producer.batch import AsyncBatch, Batch, hand_out, hand_out_async
+from rollpool.producer.admission import Limits
+from rollpool.producer.batch import AsyncBatch, hand_out_async
+from rollpool.producer.cancel import cancel_run
 from rollpool.producer.enqueue import Draft, PromptInput, draft
 from rollpool.producer.feed import Feed
-from rollpool.producer.inbox import BEGIN, Inbox, from_ranges
-from rollpool.producer.portal import Portal
+from rollpool.producer.inbox import Inbox
 from rollpool.producer.progress import progress_bar
+from rollpool.producer.resume import State, attach, consumed_of, state_of
 from rollpool.producer.server import Server
-from rollpool.schemas import scripts, wire
-from rollpool.schemas.errors import BacklogFull, InvalidPrompt, SchemaMismatch, SettingsError
+from rollpool.producer.submit import Order, Submitter
+from rollpool.schemas import wire
 from rollpool.schemas.jobs import Endpoint, Lane, SamplingParams
 from rollpool.schemas.policies import Policy
 from rollpool.schemas.results import Group
+from rollpool.schemas.staleness import StalenessRule
 
 _LOG = logging.getLogger("rollpool.producer")
 
 #: Open jobs of a run above which nothing is enqueued. It bounds the server's memory: with prompts of 2 KB, 200 MB.
 BACKLOG_LIMIT = 100_000
 
-#: Seconds between two looks whether the backlog has room.
-_ROOM_POLL_S = 0.1
-
-#: Version of `state_dict`.
-STATE_SCHEMA = 1
-
-P = ParamSpec("P")
-R = TypeVar("R")
+#: Committed batches that a state names: many more than a trainer commits in the second that a server may lose.
+_COMMITTED_NAMES = 100
 
 
 class AsyncRolloutPool:
@@ -57,26 +48,33 @@ class AsyncRolloutPool:
         pool: str | None = None,
         run: str | None = None,
         backlog_limit: int = BACKLOG_LIMIT,
+        weight: float | None = None,
+        staleness_rule: StalenessRule | None = None,
     ) -> None:
         """Name the pool.
 
         Args:
-            url: `redis://` or `rediss://`; by default $ROLLPOOL_URL, then redis://127.0.0.1:6379/0.
+            url: The server: `redis://` or `rediss://` and the other forms of docs/howto-servers.md; by default
+                $ROLLPOOL_URL, then redis://127.0.0.1:6379/0.
             pool: The namespace shared with the workers; by default $ROLLPOOL_POOL, then `default`.
             run: The training run; by default $ROLLPOOL_RUN, then `default`. Runs do not see one another's batches.
             backlog_limit: Open jobs of the run above which enqueueing waits or is refused; 0: no limit. A batch
                 larger than the limit is accepted when nothing else is open.
+            weight: Share of the run among those that have work: hosts make twice as many samples for a run of weight 2
+                as for one of weight 1. Set at the next enqueueing; None leaves it as it is, 1 at first.
+            staleness_rule: Holds enqueueing back so that nothing is too old when it is trained on; None: no rule. It
+                counts published policies, so versions must rise by one a training step.
 
         Raises:
-            SettingsError: A name or the URL is malformed.
+            SettingsError: A name, the URL, a limit or the weight cannot be.
             SchemaMismatch: The msgpack module is not msgpack.
         """
         wire.check_msgpack()
-        if backlog_limit < 0:
-            raise SettingsError(f"backlog_limit: expected 0 (none) or more jobs, got {backlog_limit}")
         self._server = Server(url, pool, run)
-        self._backlog_limit = backlog_limit
+        self._submitter = Submitter(self._server, Limits(backlog_limit, staleness_rule), weight)
         self._batches: dict[str, AsyncBatch] = {}
+        self._committed: dict[str, str] = {}
+        self._resumed: State | None = None
 
     @property
     def run(self) -> str:
@@ -94,6 +92,8 @@ class AsyncRolloutPool:
         *,
         policy_version: int,
         n: int = 1,
+        split: int = 1,
+        min_samples: int | None = None,
         sampling: SamplingParams | Mapping[str, Any] | None = None,
         max_staleness: int | None = None,
         exact: bool = False,
@@ -105,12 +105,19 @@ class AsyncRolloutPool:
         logprobs: bool = True,
         timeout: float | None = 0.0,
     ) -> AsyncBatch:
-        """Enqueue one job a prompt: all of them, or, when anything is wrong, none.
+        """Enqueue one group a prompt: all of them, or, when anything is wrong, none.
+
+        The encoded prompts are kept in this process until all results were read, so that a batch that the server loses
+        is enqueued again: about the bytes of the prompts, ids at 4 bytes each.
 
         Args:
             prompts: Text, token ids ([T] integers, list or numpy) or chat messages; all of one kind.
             policy_version: The tag: which policy the samples are wanted from.
             n: Samples of each prompt; together they are its group.
+            split: Jobs of each group, of `n / split` samples each, that several hosts may run at once; the group comes
+                back whole.
+            min_samples: Samples with which a group is `ok` when the rest cannot be had; None: all `n`. Not for split
+                groups.
             sampling: How to sample, by sglang's names; unknown names are refused.
             max_staleness: The jobs may run on any policy from `policy_version - max_staleness` on, newer ones included;
                 None: on any.
@@ -122,7 +129,7 @@ class AsyncRolloutPool:
             deadline: Seconds from now after which open jobs settle `expired`.
             endpoint: `generate`, or `chat` for evaluation: text alone, without token ids and log-probs.
             logprobs: Must be False for `endpoint="chat"`; `generate` returns log-probs in any case.
-            timeout: Seconds to wait for room in the backlog; None: for ever.
+            timeout: Seconds to wait for room under the backlog limit and the staleness rule; None: for ever.
 
         Returns:
             The batch; `len(batch)` is the number of prompts.
@@ -130,14 +137,16 @@ class AsyncRolloutPool:
         Raises:
             InvalidPrompt: A prompt or a parameter is wrong, named with its index, or `batch_id` names a batch with
                 other content. Nothing was sent, or nothing was changed.
-            BacklogFull: There was no room in time.
+            BacklogFull: There was no room in time, or there can be none for a batch of this size.
             NotPermitted: The server's access list refuses this user.
         """
-        batch = draft(
+        made = draft(
             prompts,
             run=self.run,
             policy_version=policy_version,
             n=n,
+            split=split,
+            min_samples=min_samples,
             sampling=sampling,
             max_staleness=max_staleness,
             exact=exact,
@@ -148,69 +157,41 @@ class AsyncRolloutPool:
             endpoint=endpoint,
             logprobs=logprobs,
         )
-        return self._remembered(batch, await self._enqueue(batch, timeout))
+        if self._resumed and self._resumed.consumed_whole.get(made.batch) == made.content:
+            return self._consumed_before(made)
+        enqueued, order = await self._submitter.send(made, timeout)
+        return self._remembered(order, enqueued.count)
 
-    def _remembered(self, batch: Draft, enqueued: scripts.Enqueued) -> AsyncBatch:
+    def _consumed_before(self, made: Draft) -> AsyncBatch:
+        """A trainer that died before it saved its next step repeats what it had consumed whole."""
+        _LOG.info("batch %s was consumed whole before the restart: nothing of it is handed out again", made.batch)
+        inbox = Inbox(made.batch, made.size, consumed_of(self._resumed, made.batch, made.content))
+        return AsyncBatch(self._submitter, inbox, made.content, consumed_before=True)
+
+    def _remembered(self, order: Order, size: int) -> AsyncBatch:
         """The batch object: the one this pool has, with what it has handed out, or a new one."""
-        # Committed ones are forgotten here, so that a long training run does not gather them.
-        self._batches = self.batches
-        known = self._batches.get(batch.batch)
-        if known is None or known.content != batch.content:
-            known = AsyncBatch(self._server, Inbox(batch.batch, enqueued.count), batch.content)
-            self._batches[batch.batch] = known
-        elif enqueued.answer == "new":
-            # The server had lost it; its results may begin at an earlier id now.
-            known.inbox.cursor = BEGIN
+        self._forget_committed()
+        name, content = order.draft.batch, order.draft.content
+        known = self._batches.get(name)
+        if known is None or known.content != content:
+            # A resumed state may know of it although the server did not.
+            known = self._added(Inbox(name, size, consumed_of(self._resumed, name, content)), content)
+        known.sent(order)
         return known
 
-    async def _enqueue(self, batch: Draft, timeout: float | None) -> scripts.Enqueued:
-        """Send the batch, waiting for room."""
-        server, what = self._server, f"enqueue of batch {batch.batch}"
-        with server.doing(what):
-            previews_and_bodies = batch.previews_and_bodies(await self._deadline_ms(batch.deadline_s))
-            until = None if timeout is None else time.monotonic() + timeout
-            while True:
-                enqueued = await scripts.enqueue(
-                    server.client,
-                    server.keys,
-                    run=server.run,
-                    batch=batch.batch,
-                    lane=batch.shared["lane"],
-                    content=batch.content,
-                    policy=batch.shared["policy_version"],
-                    n=batch.shared["n"],
-                    previews_and_bodies=previews_and_bodies,
-                    backlog_limit=self._backlog_limit,
-                )
-                if enqueued.answer == "other":
-                    raise InvalidPrompt(
-                        f"batch_id: {batch.batch!r} names a batch of run {server.run!r} with other content; give "
-                        "this one another name"
-                    )
-                if enqueued.answer != "full":
-                    return enqueued
-                await self._wait_for_room(len(batch.own), until)
+    def _added(self, inbox: Inbox, content: str) -> AsyncBatch:
+        batch = AsyncBatch(self._submitter, inbox, content, siblings=lambda: self.batches.values())
+        self._batches[inbox.batch] = batch
+        return batch
 
-    async def _deadline_ms(self, deadline_s: float | None) -> int | None:
-        """A deadline is a time of the server: the clocks of trainer and hosts may differ."""
-        if deadline_s is None:
-            return None
-        seconds, microseconds = await self._server.client.time()
-        return int(seconds * 1000 + microseconds // 1000 + deadline_s * 1000)
+    def _forget_committed(self) -> None:
+        """All but the names, and of those the last: a long training run must not gather them."""
+        self._committed = self._committed_last()
+        self._batches = self.batches
 
-    async def _wait_for_room(self, size: int, until: float | None) -> None:
-        """Return when the batch may fit; asking is cheaper than sending it again."""
-        while True:
-            open_jobs = int(await self._server.client.hget(self._server.keys.run(self.run), "open") or 0)
-            if open_jobs == 0 or open_jobs + size <= self._backlog_limit:
-                return
-            if until is not None and time.monotonic() >= until:
-                raise BacklogFull(
-                    f"run {self.run!r} has {open_jobs} open jobs; {size} more are over its backlog_limit of "
-                    f"{self._backlog_limit}. Nothing was enqueued: collect first, pass timeout= to wait, or raise "
-                    "the limit"
-                )
-            await asyncio.sleep(_ROOM_POLL_S)
+    def _committed_last(self) -> dict[str, str]:
+        new = {name: batch.content for name, batch in self._batches.items() if batch.committed}
+        return dict([*self._committed.items(), *new.items()][-_COMMITTED_NAMES:])
 
     def groups(self, n: int | None = None, timeout: float | None = None) -> AsyncGenerator[Group, None]:
         """Yield `ok` groups of all batches in `batches` as they finish, the oldest batch first among those here.
@@ -224,12 +205,30 @@ class AsyncRolloutPool:
 
         Raises:
             PoolTimeout: Nothing finished in time; nothing is lost, and another call goes on.
-            RollpoolError: The server lost a batch.
+            RollpoolError: The server lost a batch whose prompts are not here.
         """
-        return hand_out_async(self._feed(timeout), progress_bar(False, ""), n)
+        return hand_out_async(self.feed(timeout), progress_bar(False, ""), n)
 
-    def _feed(self, timeout: float | None) -> Feed:
-        return Feed(self._server, lambda: [batch.inbox for batch in self.batches.values()], timeout)
+    def feed(self, timeout: float | None) -> Feed:
+        """The groups still to be handed out of all batches; for the pool, not for users."""
+        return Feed(self._server, lambda: list(self.batches.values()), timeout)
+
+    async def cancel(self, *, policy_version: int | None = None) -> int:
+        """Settle every open job of the run `cancelled`, also of batches that this object does not know.
+
+        Args:
+            policy_version: Only batches with this tag; None: all.
+
+        Returns:
+            Groups that this call cancelled.
+
+        Raises:
+            RollpoolError: The server cannot be reached.
+        """
+        for batch in self.batches.values():
+            if policy_version in (None, batch.policy_version):
+                batch.was_cancelled()
+        return await cancel_run(self._server, policy_version)
 
     async def publish_policy(self, version: int, *, checkpoint: str) -> Policy:
         """Make a checkpoint the current policy: the hosts begin to move to it. May be repeated.
@@ -267,17 +266,11 @@ class AsyncRolloutPool:
     def state_dict(self) -> dict[str, Any]:
         """What was handed out of the batches that are not committed: plain data for the trainer's checkpoint.
 
-        Save it together with the weights, then commit what it calls complete. Returns
-        `{"schema", "run", "batches": {id: {"consumed": [[start, end], …], "complete"}}}`, indexes in half-open ranges.
+        Save it together with the weights, then commit what it calls complete. Returns `{"schema", "run", "batches",
+        "committed"}`: each batch by its id as `{"consumed": [[start, end], …], "complete", "content"}`, indexes in
+        half-open ranges; and the content of the batches that were committed last, by id.
         """
-        return {
-            "schema": STATE_SCHEMA,
-            "run": self.run,
-            "batches": {
-                name: {"consumed": batch.inbox.consumed(), "complete": batch.inbox.complete}
-                for name, batch in self.batches.items()
-            },
-        }
+        return state_of(self.run, self.batches, self._committed_last())
 
     @classmethod
     async def resume(
@@ -287,49 +280,43 @@ class AsyncRolloutPool:
         *,
         pool: str | None = None,
         backlog_limit: int = BACKLOG_LIMIT,
+        weight: float | None = None,
+        staleness_rule: StalenessRule | None = None,
     ) -> Self:
         """Go on where a `state_dict` was saved: commit what it calls complete, and attach the rest.
 
         Every open batch of the run is in `batches` afterwards, and yields what the state does not name; a batch that
-        the state does not know is yielded whole.
+        the state does not know is yielded whole. An `enqueue_prompts` that was under way may be repeated with the same
+        content.
 
         Args:
             state: What `state_dict` returned.
-            url: As for the constructor.
-            pool: As for the constructor.
-            backlog_limit: As for the constructor.
+            url: As for the constructor, and so are the others.
+            pool: The namespace.
+            backlog_limit: Open jobs at most.
+            weight: Share of the run.
+            staleness_rule: The rule, which goes on counting where it was.
 
         Raises:
             SchemaMismatch: The state is of another version of rollpool, or not a state.
         """
-        resumed = cls(url, pool=pool, run=_run_of(state), backlog_limit=backlog_limit)
-        await resumed._restore(state)
+        saved = State.of(state)
+        resumed = cls(
+            url, pool=pool, run=saved.run, backlog_limit=backlog_limit, weight=weight, staleness_rule=staleness_rule
+        )
+        try:
+            await resumed.restore(saved)
+        except BaseException:
+            await resumed.close()
+            raise
         return resumed
 
-    async def _restore(self, state: Mapping[str, Any]) -> None:
-        server, named = self._server, state["batches"]
-        with server.doing("resume"):
-            for name, batch in named.items():
-                if batch["complete"]:
-                    await scripts.commit(server.client, server.keys, run=server.run, batch=name)
-            open_names: list[Any] = await server.client.zrange(server.keys.open_batches(server.run), 0, -1)
-            for name in (member.decode() for member in open_names):
-                key = server.keys.batch(server.run, name)
-                facts: list[Any] = await server.client.hmget(key, ["size", "content"])
-                size, content = facts
-                if size and content:
-                    consumed = from_ranges(named.get(name, {"consumed": []})["consumed"])
-                    self._batches[name] = AsyncBatch(server, Inbox(name, int(size), consumed), content.decode())
-        self._warn_of_missing(named)
-
-    def _warn_of_missing(self, named: Mapping[str, Any]) -> None:
-        for name, batch in named.items():
-            if name not in self._batches and not batch["complete"]:
-                _LOG.warning(
-                    "batch %s was not consumed when the state was saved, and is not open on the server now: it was "
-                    "committed since, or the server lost it; enqueue its prompts again under another batch_id",
-                    name,
-                )
+    async def restore(self, state: State) -> None:
+        """Take up a state; for the pool, not for users."""
+        self._resumed = state
+        self._committed = state.consumed_whole
+        for found in (await attach(self._server, state)).values():
+            self._added(found.inbox, found.content)
 
     async def close(self) -> None:
         """Close the connections; batches stay on the server."""
@@ -342,132 +329,3 @@ class AsyncRolloutPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-
-def _run_of(state: Mapping[str, Any]) -> str:
-    if not isinstance(state, Mapping) or state.get("schema") != STATE_SCHEMA:
-        found = state.get("schema") if isinstance(state, Mapping) else type(state).__name__
-        raise SchemaMismatch(f"resume: expected a state_dict of schema {STATE_SCHEMA}, got {found!r}")
-    return str(state["run"])
-
-
-def _blocking(
-    method: Callable[Concatenate[AsyncRolloutPool, P], Coroutine[Any, Any, R]],
-) -> Callable[Concatenate["RolloutPool", P], R]:
-    """The blocking twin of a method, with its parameters and documentation."""
-
-    def call(self: "RolloutPool", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._portal.run(method(self._pool, *args, **kwargs))
-
-    return _named_after(method, call)
-
-
-def _blocking_batch(
-    method: Callable[Concatenate[AsyncRolloutPool, P], Coroutine[Any, Any, AsyncBatch]],
-) -> Callable[Concatenate["RolloutPool", P], Batch]:
-    """As `_blocking`, for a method that makes a batch."""
-
-    def call(self: "RolloutPool", /, *args: P.args, **kwargs: P.kwargs) -> Batch:
-        return self._facade(self._portal.run(method(self._pool, *args, **kwargs)))
-
-    return _named_after(method, call, returns=Batch)
-
-
-def _named_after(method: Callable[..., Any], twin: Callable[P, R], **returns: type[Any]) -> Callable[P, R]:
-    """Give the twin the name, documentation and signature of its method, for `help` and editors."""
-    functools.update_wrapper(twin, method)
-    twin.__qualname__ = f"RolloutPool.{method.__name__}"
-    signature = inspect.signature(method)
-    shown = signature.replace(return_annotation=returns.get("returns", signature.return_annotation))
-    twin.__signature__ = shown  # type: ignore[attr-defined]
-    return twin
-
-
-class RolloutPool:
-    """A pool of rollout workers, seen from one training run; for blocking code, notebooks included.
-
-    Nothing is sent before the first call. Use it as a context manager, or call `close()`. Not to be used across a fork.
-    """
-
-    def __init__(
-        self,
-        url: str | None = None,
-        *,
-        pool: str | None = None,
-        run: str | None = None,
-        backlog_limit: int = BACKLOG_LIMIT,
-    ) -> None:
-        self._pool = AsyncRolloutPool(url, pool=pool, run=run, backlog_limit=backlog_limit)
-        self._portal = Portal()
-        # Also at the end of the interpreter: open sockets would be warned of.
-        self._close = weakref.finalize(self, _close, self._pool, self._portal)
-
-    __init__.__doc__ = AsyncRolloutPool.__init__.__doc__
-
-    @property
-    def run(self) -> str:
-        """The training run."""
-        return self._pool.run
-
-    @property
-    def batches(self) -> dict[str, Batch]:
-        """Batches of this object that are not committed, by id, in order of enqueueing."""
-        return {name: self._facade(batch) for name, batch in self._pool.batches.items()}
-
-    def _facade(self, batch: AsyncBatch) -> Batch:
-        return Batch(batch, self._portal, self._pool._server)
-
-    enqueue_prompts = _blocking_batch(AsyncRolloutPool.enqueue_prompts)
-    publish_policy = _blocking(AsyncRolloutPool.publish_policy)
-    current_policy = _blocking(AsyncRolloutPool.current_policy)
-    wait_for_policy = _blocking(AsyncRolloutPool.wait_for_policy)
-
-    def groups(self, n: int | None = None, timeout: float | None = None) -> Generator[Group, None, None]:
-        """Yield `ok` groups of all batches in `batches` as they finish; parameters and errors as `AsyncRolloutPool`."""
-        return hand_out(self._pool._feed(timeout), self._portal, progress_bar(False, ""), n)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was handed out of the batches that are not committed: plain data for the trainer's checkpoint.
-
-        Save it together with the weights, then commit what it calls complete.
-        """
-        return self._pool.state_dict()
-
-    @classmethod
-    def resume(
-        cls,
-        state: Mapping[str, Any],
-        url: str | None = None,
-        *,
-        pool: str | None = None,
-        backlog_limit: int = BACKLOG_LIMIT,
-    ) -> Self:
-        """Go on where a `state_dict` was saved: commit what it calls complete, and attach the rest.
-
-        Parameters and errors as `AsyncRolloutPool.resume`.
-        """
-        resumed = cls(url, pool=pool, run=_run_of(state), backlog_limit=backlog_limit)
-        try:
-            resumed._portal.run(resumed._pool._restore(state))
-        except BaseException:
-            resumed.close()
-            raise
-        return resumed
-
-    def close(self) -> None:
-        """Close the connections and end the thread; batches stay on the server. May be repeated."""
-        self._close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _close(pool: AsyncRolloutPool, portal: Portal) -> None:
-    if portal.usable:
-        portal.run(pool.close())
-    portal.close()

@@ -36,23 +36,26 @@ class BatchReport(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     batch: str
-    #: Jobs, one a prompt; the sum of the six below.
+    #: Groups, one a prompt, however they were split; the sum of the seven below.
     enqueued: int
+    #: Kept: handed out, or about to be.
     ok: int
+    #: Finished well, and not needed: beyond the `first_k` that `collect` was asked for.
+    surplus: int
     failed: int
     stale: int
     expired: int
     cancelled: int
     #: Not settled, or not read yet.
     open: int
-    #: Generated tokens of each kept sample.
+    #: Generated tokens of each kept sample; with `min_samples` a group may have fewer samples than were asked for.
     kept_outputs: Lengths
-    #: Prompt tokens of each kept job.
+    #: Prompt tokens of each kept group.
     kept_prompts: Lengths
-    #: Prompt tokens of each dropped job that reached an engine; the others were never tokenized.
+    #: Prompt tokens of each dropped group that reached an engine; the others were never tokenized.
     dropped_prompts: Lengths
 
     @property
     def dropped(self) -> int:
-        """Jobs that were settled and are not `ok`."""
-        return self.failed + self.stale + self.expired + self.cancelled
+        """Groups that are settled and not kept."""
+        return self.surplus + self.failed + self.stale + self.expired + self.cancelled

@@ -44,8 +44,9 @@ class Server:
         self.run = run or os.environ.get("ROLLPOOL_RUN") or DEFAULT_RUN
         if not re.fullmatch(NAME_PATTERN, self.run):
             raise SettingsError(f"run {self.run!r}: a run's name is letters, digits, '.', '_' and '-'")
-        self.client = connect_async(self.url)
-        self.reader = connect_async(self.url, timeout_s=_READER_TIMEOUT_S)
+        slot_key = self.keys.runs
+        self.client = connect_async(self.url, slot_key=slot_key)
+        self.reader = connect_async(self.url, timeout_s=_READER_TIMEOUT_S, slot_key=slot_key)
 
     @property
     def place(self) -> str:

@@ -9,8 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec
 
-from rollpool.producer.batch import Batch
-from rollpool.producer.pool import RolloutPool
+from rollpool.producer.blocking import Batch, RolloutPool
 
 P = ParamSpec("P")
 

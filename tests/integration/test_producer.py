@@ -10,9 +10,11 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
+from fake_workers import failed, finished, work
 from redis import Redis
+from redis.exceptions import ConnectionError
+from waiting import until
 
 from rollpool.producer import (
     AsyncRolloutPool,
@@ -27,45 +29,14 @@ from rollpool.producer import (
     SchemaMismatch,
     SettingsError,
     enqueue_prompts,
+    feed,
 )
-from rollpool.schemas import Ack, Group, Sample, WorkerStatus
+from rollpool.schemas import Ack, WorkerStatus, scripts
 from rollpool.schemas.connection import connect_async
-from rollpool.schemas.scripts import Settlement, pull, settle
 from rollpool.schemas.wire import unpack_job
 
 #: A wait that should succeed; far over what a loaded machine needs.
 LONG = 60.0
-
-
-def finished(job, outcome="ok", tokens=2):
-    sample = Sample(
-        output_ids=np.arange(tokens, dtype=np.int32),
-        logprobs=np.full(tokens, -1.0, np.float32),
-        text="",
-        finish_reason="stop",
-        version_spans=[(job.policy_version, 0, tokens)],
-    )
-    return Group(
-        run=job.run,
-        batch=job.batch,
-        index=job.index,
-        outcome=outcome,
-        policy_version=job.policy_version,
-        prompt_ids=np.array([1, 2, 3], np.int32),
-        samples=[sample] * job.n if outcome == "ok" else [],
-        sampling=job.sampling,
-        metadata=job.metadata,
-        error=None if outcome == "ok" else "the engine said no",
-    )
-
-
-async def work(client, keys, *, run="r", most=1000, outcome="ok"):
-    """Pull up to `most` jobs of a run and settle them; returns how many."""
-    entries = await pull(client, keys, streams=keys.lanes(run), consumer="w:1", wanted=most, version=0)
-    settlements = [Settlement(entry, finished(unpack_job(entry.body), outcome)) for entry in entries]
-    if settlements:
-        await settle(client, keys, settlements)
-    return len(settlements)
 
 
 def work_blocking(url, keys, **options):
@@ -80,13 +51,6 @@ def work_blocking(url, keys, **options):
 
     with ThreadPoolExecutor(1) as other:
         return other.submit(asyncio.run, run()).result()
-
-
-async def until(condition):
-    """Wait for what another task is on its way to do."""
-    async with asyncio.timeout(LONG):
-        while not await condition():  # noqa: ASYNC110 - what is waited for happens in another process
-            await asyncio.sleep(0.01)
 
 
 async def blocked(client):
@@ -258,7 +222,7 @@ async def test_a_cancelled_collect_loses_nothing(pool, redis_client, keys):
 
 async def test_dropped_jobs_are_reported_and_not_handed_out(pool, redis_client, keys, caplog):
     batch = await pool.enqueue_prompts(["a", "b", "c"], policy_version=0)
-    await work(redis_client, keys, most=2, outcome="failed")
+    await work(redis_client, keys, most=2, result=failed)
     await work(redis_client, keys)
     with caplog.at_level(logging.WARNING):
         assert await collected(batch.collect(LONG)) == [2]
@@ -270,23 +234,150 @@ async def test_dropped_jobs_are_reported_and_not_handed_out(pool, redis_client, 
     assert (batch.report().ok, batch.report().failed, batch.report().open) == (1, 2, 0)
 
 
-async def test_a_batch_that_the_server_lost_is_told_and_can_be_enqueued_again(pool, redis_client, keys):
+@pytest.fixture
+def short_block(monkeypatch):
+    """It is seen at once that a batch vanished."""
+    monkeypatch.setattr(feed, "BLOCK_MS", 20)
+
+
+async def test_a_batch_that_the_server_lost_is_enqueued_again(pool, redis_client, keys, caplog, short_block):
+    batch = await pool.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s", deadline=900.0)
+    deadline = await redis_client.zscore(keys.deadlines, "r:s")
+    await work(redis_client, keys, most=1)
+    groups = batch.collect(LONG)
+    assert (await anext(groups)).index == 0
+    await redis_client.flushall()
+    rest = asyncio.create_task(anext(groups))
+    await until(lambda: work(redis_client, keys))
+    assert (await rest).index == 1
+    assert await redis_client.zscore(keys.deadlines, "r:s") == deadline
+    assert len([record for record in caplog.records if "lost it" in record.message]) == 1
+    assert await collected(batch.collect(LONG)) == []
+    await batch.commit()
+
+
+async def test_a_lost_batch_that_was_cancelled_stays_cancelled(pool, redis_client, keys, short_block):
+    batch = await pool.enqueue_prompts(["a", "b"], policy_version=0)
+    assert await pool.cancel() == 2
+    await redis_client.flushall()
+    assert await collected(batch.collect(LONG)) == []
+    assert batch.report().cancelled == 2
+
+
+async def test_of_a_lost_batch_that_was_cancelled_what_is_here_runs_again_for_a_trainer_that_dies(
+    pool, redis_url, redis_client, keys, short_block
+):
+    batch = await pool.enqueue_prompts(list("abcd"), policy_version=0, batch_id="s")
+    await work(redis_client, keys, most=2)
+    state = pool.state_dict()
+    groups = batch.collect(LONG)
+    await anext(groups)
+    await batch.cancel()
+    await redis_client.flushall()
+    assert await collected(groups) == [1]
+    assert (batch.report().ok, batch.report().cancelled) == (2, 2)
+    await work(redis_client, keys)
+    async with await AsyncRolloutPool.resume(state, redis_url, pool=keys.pool) as resumed:
+        assert await collected(resumed.batches["s"].collect(LONG)) == [0, 1]
+
+
+async def test_a_lost_batch_is_read_from_its_beginning_though_the_reply_to_its_enqueueing_was_lost(
+    pool, redis_client, keys, monkeypatch
+):
     batch = await pool.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s")
     await work(redis_client, keys, most=1)
     groups = batch.collect(LONG)
     assert (await anext(groups)).index == 0
     await redis_client.flushall()
-    with pytest.raises(RollpoolError, match=r"does not know it any more.*same batch_id"):
+    sent = scripts.enqueue
+
+    async def lost(*args, **options):
+        await sent(*args, **options)
+        raise ConnectionError("the reply was lost")
+
+    monkeypatch.setattr(scripts, "enqueue", lost)
+    with pytest.raises(RollpoolError, match="the reply was lost"):
         await anext(groups)
-    again = await pool.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s")
+    monkeypatch.setattr(scripts, "enqueue", sent)
+    assert batch.inbox.cursor == "0-0"
     await work(redis_client, keys)
-    assert await collected(again.collect(LONG)) == [1]
+    assert await collected(batch.collect(LONG)) == [1]
+
+
+async def test_results_with_lower_ids_than_those_that_were_read_are_found(pool, redis_client, keys):
+    """As after a failover to a replica that lagged, and whose clock is behind."""
+    batch = await pool.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s")
+    await work(redis_client, keys, most=1)
+    groups = batch.collect(LONG)
+    assert (await anext(groups)).index == 0
+    await work(redis_client, keys)
+    stream = keys.results("r", "s")
+    (_, first), (_, second) = await redis_client.xrange(stream)
+    await redis_client.delete(stream)
+    await redis_client.xadd(stream, first, id="1-1")
+    await redis_client.xadd(stream, second, id="1-2")
+    assert (await anext(groups)).index == 1
+    assert await collected(batch.collect(LONG)) == []
+
+
+async def test_what_was_collected_whole_can_be_committed_though_the_server_lost_it(pool, redis_client, keys):
+    batch = await pool.enqueue_prompts(["a"], policy_version=0)
+    await work(redis_client, keys)
+    assert await collected(batch.collect(LONG)) == [0]
+    await redis_client.flushall()
+    await batch.commit()
+    assert batch.committed
+
+
+async def test_a_batch_that_the_server_lost_is_told_and_can_be_enqueued_again(pool, redis_url, redis_client, keys):
+    """Where its prompts are not: another process enqueued it."""
+    await pool.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s")
+    await work(redis_client, keys, most=1)
+    async with await AsyncRolloutPool.resume(pool.state_dict(), redis_url, pool=keys.pool) as resumed:
+        groups = resumed.batches["s"].collect(LONG)
+        assert (await anext(groups)).index == 0
+        await redis_client.flushall()
+        with pytest.raises(RollpoolError, match=r"does not know it any more.*same batch_id"):
+            await anext(groups)
+        again = await resumed.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s")
+        await work(redis_client, keys)
+        assert await collected(again.collect(LONG)) == [1]
+
+
+async def test_a_resumed_trainer_enqueues_what_was_lost_and_gets_only_the_rest(pool, redis_url, redis_client, keys):
+    batch = await pool.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s")
+    await work(redis_client, keys)
+    assert (await anext(batch.collect(LONG))).index == 0
+    state = pool.state_dict()
+    await redis_client.flushall()
+    async with await AsyncRolloutPool.resume(state, redis_url, pool=keys.pool) as resumed:
+        again = await resumed.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s")
+        await work(redis_client, keys)
+        assert await collected(again.collect(LONG)) == [1]
+        # Other content under the name is another batch.
+        await redis_client.flushall()
+        other = await resumed.enqueue_prompts(["x", "b"], policy_version=0, batch_id="s")
+        await work(redis_client, keys)
+        assert await collected(other.collect(LONG)) == [0, 1]
+
+
+async def test_prompts_are_let_go_once_everything_was_read(pool, redis_client, keys):
+    batch = await pool.enqueue_prompts(["a", "b"], policy_version=3)
+    await work(redis_client, keys, most=1)
+    groups = batch.collect(LONG)
+    await anext(groups)
+    assert batch.policy_version == 3
+    await work(redis_client, keys)
+    await anext(groups)
+    assert batch.policy_version is None
 
 
 async def test_another_batch_under_the_name_of_a_lost_one_is_another_batch(pool, redis_client, keys):
-    await pool.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s")
+    first = await pool.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s")
     await redis_client.flushall()
     other = await pool.enqueue_prompts(["c"], policy_version=0, batch_id="s")
+    with pytest.raises(RollpoolError, match="another batch was enqueued under its name"):
+        await collected(first.collect(LONG))
     await work(redis_client, keys)
     assert await collected(other.collect(LONG)) == [0]
     assert len(other) == 1
@@ -334,6 +425,155 @@ async def test_groups_include_a_batch_enqueued_meanwhile(pool, redis_client, key
     assert (await anext(groups)).id == "second/0"
 
 
+# Split groups, and groups that may be short
+
+
+async def test_a_split_group_comes_back_whole_in_the_order_of_its_parts(pool, redis_client, keys):
+    batch = await pool.enqueue_prompts(["a", "b"], policy_version=0, n=6, split=3, metadata=["x", "y"])
+    entries = await redis_client.xrange(keys.jobs("r", "default"))
+    jobs = [unpack_job(fields[b"body"]) for _, fields in entries]
+    assert [(job.index, job.part, job.parts, job.n, job.prompt) for job in jobs] == [
+        (index, part, 3, 2, prompt) for index, prompt in enumerate("ab") for part in range(3)
+    ]
+    assert await work(redis_client, keys, most=4) == 4
+    groups = batch.collect(LONG)
+    first = await anext(groups)
+    assert (first.index, first.metadata) == (0, "x")
+    assert [sample.text for sample in first.samples] == [f"part {part}" for part in (0, 0, 1, 1, 2, 2)]
+    assert batch.report().open == 1
+    await work(redis_client, keys)
+    assert [group.index async for group in groups] == [1]
+    report = batch.report()
+    assert (report.enqueued, report.ok, report.open, report.kept_outputs.count, report.kept_prompts.count) == (
+        2, 2, 0, 12, 2,
+    )  # fmt: skip
+    await batch.commit()
+
+
+async def test_a_part_that_fails_drops_its_group_once(pool, redis_client, keys):
+    batch = await pool.enqueue_prompts(["a", "b"], policy_version=0, n=2, split=2)
+    await work(redis_client, keys, most=1)
+    await work(redis_client, keys, most=1, result=failed)
+    await work(redis_client, keys)
+    assert await collected(batch.collect(LONG)) == [1]
+    assert [(group.index, group.outcome) for group in batch.dropped] == [(0, "failed")]
+    assert (batch.report().ok, batch.report().failed, batch.report().open) == (1, 1, 0)
+
+
+async def test_a_split_batch_can_be_cancelled_and_attached(pool, redis_url, redis_client, keys):
+    await pool.enqueue_prompts(["a", "b", "c"], policy_version=0, n=4, split=2, batch_id="s")
+    await work(redis_client, keys, most=3)
+    async with await AsyncRolloutPool.resume(pool.state_dict(), redis_url, pool=keys.pool) as resumed:
+        batch = resumed.batches["s"]
+        assert len(batch) == 3
+        assert await batch.cancel() == 2
+        assert await collected(batch.collect(LONG)) == [0]
+        assert batch.report().cancelled == 2
+        await batch.commit()
+
+
+async def test_a_group_with_fewer_samples_counts_as_one(pool, redis_client, keys):
+    batch = await pool.enqueue_prompts(["a", "b"], policy_version=0, n=4, min_samples=2)
+    await work(redis_client, keys, most=1, result=lambda job: finished(job, samples=job.fewest_samples))
+    await work(redis_client, keys)
+    assert [len(group.samples) async for group in batch.collect(LONG)] == [2, 4]
+    assert (batch.report().ok, batch.report().kept_outputs.count) == (2, 6)
+
+
+# Enough groups
+
+
+async def test_the_first_k_groups_are_handed_out_and_the_rest_is_cancelled(pool, redis_client, keys):
+    batch = await pool.enqueue_prompts(list("abcdef"), policy_version=0)
+    await work(redis_client, keys, most=2)
+    groups = batch.collect(LONG, first_k=3)
+    assert [(await anext(groups)).index, (await anext(groups)).index] == [0, 1]
+    assert batch.report().open == 4
+    await work(redis_client, keys, most=2)
+    assert (await anext(groups)).index == 2
+    # Already: a consumer that takes no more than it needs does not come back here.
+    assert await redis_client.hget(keys.run("r"), "open") == b"0"
+    assert await collected(groups) == []
+    report = batch.report()
+    assert (report.ok, report.surplus, report.cancelled, report.open) == (3, 1, 2, 0)
+    assert report.ok + report.dropped + report.open == report.enqueued
+    assert report.kept_prompts.count == report.kept_outputs.count == 3
+    assert report.dropped_prompts.count == 1
+    assert pool.state_dict()["batches"][batch.id]["complete"]
+    await batch.commit()
+
+
+async def test_the_first_k_count_over_interruptions_and_restarts(pool, redis_url, redis_client, keys):
+    batch = await pool.enqueue_prompts(list("abcdef"), policy_version=0, batch_id="s")
+    await work(redis_client, keys, most=1)
+    with pytest.raises(PoolTimeout):
+        await collected(batch.collect(0.05, first_k=3))
+    async with await AsyncRolloutPool.resume(pool.state_dict(), redis_url, pool=keys.pool) as resumed:
+        batch = resumed.batches["s"]
+        await work(redis_client, keys, most=4)
+        assert await collected(batch.collect(LONG, first_k=3)) == [1, 2]
+        assert await collected(batch.collect(LONG, first_k=3)) == []
+        assert (batch.report().surplus, batch.report().cancelled) == (2, 1)
+
+
+@pytest.mark.parametrize("first_k", [2, 3, 9])
+async def test_more_groups_than_there_are_is_all_of_them(pool, redis_client, keys, first_k):
+    batch = await pool.enqueue_prompts(["a", "b", "c"], policy_version=0)
+    await work(redis_client, keys, most=1, result=failed)
+    await work(redis_client, keys)
+    assert await collected(batch.collect(LONG, first_k=first_k)) == [1, 2]
+    assert batch.report().surplus == 0
+
+
+async def test_fewer_than_were_taken_ends_the_batch_at_once(pool, redis_client, keys):
+    batch = await pool.enqueue_prompts(list("abcd"), policy_version=0)
+    await work(redis_client, keys, most=3)
+    groups = batch.collect(LONG)
+    await anext(groups)
+    await anext(groups)
+    assert await collected(batch.collect(LONG, first_k=1)) == []
+    assert (batch.report().ok, batch.report().surplus, batch.report().cancelled) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("first_k", [0, -1])
+async def test_no_group_at_all_is_refused(pool, first_k):
+    batch = await pool.enqueue_prompts(["a"], policy_version=0)
+    with pytest.raises(SettingsError, match="first_k"):
+        batch.collect(first_k=first_k)
+
+
+# Results nobody reads, and deadlines
+
+
+async def test_what_is_read_no_longer_counts_as_unread(pool, redis_client, keys):
+    batch = await pool.enqueue_prompts(["a", "b"], policy_version=0, n=2, split=2)
+    await work(redis_client, keys)
+    assert int(await redis_client.hget(keys.run("r"), "unread")) > 0
+    await collected(batch.collect(LONG))
+    assert await redis_client.hget(keys.run("r"), "unread") == b"0"
+    await batch.commit()
+    assert await redis_client.hget(keys.run("r"), "unread") == b"0"
+
+
+async def test_results_of_a_later_batch_do_not_keep_hosts_from_the_one_that_is_collected(
+    pool, redis_client, keys, short_block
+):
+    first = await pool.enqueue_prompts(["a"], policy_version=0, lane="low")
+    await pool.enqueue_prompts(["b", "c"], policy_version=0)
+    await work(redis_client, keys, most=2)
+    assert await work(redis_client, keys, unread_bound=1) == 0
+    waiting = asyncio.create_task(collected(first.collect(LONG)))
+    await until(lambda: work(redis_client, keys, unread_bound=1))
+    assert await waiting == [0]
+    assert [group.batch != first.id async for group in pool.groups(timeout=LONG)] == [True, True]
+
+
+async def test_a_deadline_ends_jobs_though_no_host_lives(pool, redis_client, keys, short_block):
+    batch = await pool.enqueue_prompts(["a", "b"], policy_version=0, deadline=0.01)
+    assert await collected(batch.collect(LONG)) == []
+    assert batch.report().expired == 2
+
+
 # Committing and cancelling
 
 
@@ -376,8 +616,24 @@ async def test_cancelling_settles_what_is_open(pool, redis_client, keys):
     assert batch.report().cancelled == 599
     await batch.commit()
     # Hosts discard the entries when they meet them.
-    assert await work(redis_client, keys) == 0
+    await pool.enqueue_prompts(["next"], policy_version=5)
+    assert await work(redis_client, keys) == 1
     assert await redis_client.xlen(keys.jobs("r", "default")) == 0
+
+
+async def test_cancelling_a_run_reaches_batches_of_other_processes(pool, redis_url, redis_client, keys):
+    async with (
+        AsyncRolloutPool(redis_url, pool=keys.pool, run="r") as other,
+        AsyncRolloutPool(redis_url, pool=keys.pool, run="another") as another,
+    ):
+        await other.enqueue_prompts(["a", "b"], policy_version=1)
+        await other.enqueue_prompts(["c"], policy_version=2, n=4, split=2)
+        await another.enqueue_prompts(["d"], policy_version=1)
+    assert await pool.cancel(policy_version=1) == 2
+    assert await pool.cancel(policy_version=1) == 0
+    assert await pool.cancel() == 1
+    assert await redis_client.hget(keys.run("r"), "open") == b"0"
+    assert await redis_client.hget(keys.run("another"), "open") == b"1"
 
 
 # Resuming
@@ -445,10 +701,55 @@ async def test_a_resumed_state_can_be_saved_before_anything_is_read(pool, redis_
     await work(redis_client, keys)
     assert (await anext(batch.collect(LONG))).index == 0
     state = pool.state_dict()
-    assert state["batches"] == {"s": {"consumed": [[0, 1]], "complete": False}}
+    assert state["batches"] == {"s": {"consumed": [[0, 1]], "complete": False, "content": batch.content}}
     async with await AsyncRolloutPool.resume(state, redis_url, pool=keys.pool) as resumed:
         assert resumed.state_dict() == state
         assert await collected(resumed.batches["s"].collect(LONG)) == [1]
+
+
+async def test_a_batch_that_was_consumed_whole_before_a_restart_yields_nothing_when_it_is_enqueued_again(
+    pool, redis_url, redis_client, keys
+):
+    """The trainer saved after the last group of a step, and died before it saved the next step."""
+    batch = await pool.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s")
+    await work(redis_client, keys)
+    await collected(batch.collect(LONG))
+    state = json.loads(json.dumps(pool.state_dict()))
+    for _ in range(2):
+        async with await AsyncRolloutPool.resume(state, redis_url, pool=keys.pool) as resumed:
+            again = await resumed.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s")
+            assert len(again) == 2
+            assert await collected(again.collect(LONG)) == []
+            await again.commit()
+            # Whatever is saved from here on still knows.
+            state = resumed.state_dict()
+            assert state["batches"] == {}
+    assert await redis_client.hget(keys.run("r"), "enqueued") == b"2"
+
+
+async def test_a_commit_that_the_server_lost_is_made_again_when_resuming(pool, redis_url, redis_client, keys):
+    """As after a restart that cost it the last second."""
+    batch = await pool.enqueue_prompts(["a"], policy_version=0, batch_id="s")
+    await work(redis_client, keys)
+    await collected(batch.collect(LONG))
+    before = {name: await redis_client.dump(name) for name in await redis_client.keys()}
+    await batch.commit()
+    state = pool.state_dict()
+    for name, value in before.items():
+        await redis_client.restore(name, 0, value, replace=True)
+    async with await AsyncRolloutPool.resume(state, redis_url, pool=keys.pool) as resumed:
+        assert resumed.batches == {}
+        assert not await redis_client.exists(keys.open_batches("r"))
+
+
+async def test_what_was_collected_whole_can_be_committed_though_it_was_enqueued_again(pool, redis_client, keys):
+    batch = await pool.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s")
+    await work(redis_client, keys)
+    await collected(batch.collect(LONG))
+    await redis_client.flushall()
+    assert await pool.enqueue_prompts(["a", "b"], policy_version=0, batch_id="s") is batch
+    await batch.commit()
+    assert await redis_client.hget(keys.run("r"), "open") == b"0"
 
 
 async def test_a_batch_that_is_gone_is_told_when_resuming(redis_url, keys, caplog):
@@ -702,7 +1003,21 @@ async def test_a_full_server_takes_nothing_of_the_batch(pool, redis_client):
 
 
 @pytest.mark.parametrize(
-    "options", [{"run": "a b"}, {"pool": "{x}"}, {"backlog_limit": -1}, {"url": "http://x"}], ids=str
+    "options",
+    [
+        {"run": "a b"},
+        {"pool": "{x}"},
+        {"backlog_limit": -1},
+        {"url": "http://x"},
+        {"weight": 0},
+        {"weight": -1.0},
+        {"weight": float("nan")},
+        {"weight": float("inf")},
+        {"weight": True},
+        {"weight": "2"},
+        {"staleness_rule": (1, 8)},
+    ],
+    ids=str,
 )
 def test_a_wrong_setting_is_named(options):
     with pytest.raises(SettingsError, match=next(iter(options))):

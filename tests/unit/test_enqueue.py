@@ -3,10 +3,16 @@ import inspect
 import numpy as np
 import pytest
 
-from rollpool.producer import AsyncRolloutPool, Batch, InvalidPrompt, RolloutPool, SamplingParams, enqueue_prompts
+from rollpool.producer import (
+    AsyncBatch,
+    AsyncRolloutPool,
+    Batch,
+    InvalidPrompt,
+    RolloutPool,
+    SamplingParams,
+    enqueue_prompts,
+)
 from rollpool.producer.enqueue import draft
-from rollpool.producer.inbox import Inbox, as_ranges, from_ranges
-from rollpool.schemas import Group
 from rollpool.schemas.wire import unpack_job
 
 
@@ -29,6 +35,26 @@ def test_every_job_carries_the_shared_fields_and_its_own():
     assert {(job.n, job.max_staleness, job.lane, job.deadline_ms, job.policy_version) for job in (first, second)} == {
         (4, 2, "high", 99, 3)
     }
+
+
+def test_a_split_group_is_so_many_jobs_one_after_the_other():
+    made = make(["one", "two"], n=np.int64(6), split=np.int32(3), metadata=["x", "y"])
+    assert (made.size, made.parts) == (2, 3)
+    split = jobs(made, deadline_ms=99)
+    assert [(job.id, job.prompt, job.metadata) for job in split] == [
+        (f"b/{index}#{part}", prompt, extra)
+        for index, (prompt, extra) in enumerate([("one", "x"), ("two", "y")])
+        for part in range(3)
+    ]
+    assert {(job.n, job.parts, job.deadline_ms) for job in split} == {(2, 3, 99)}
+    assert made.previews_and_bodies(None)[::2] == ["one"] * 3 + ["two"] * 3
+
+
+def test_each_part_counts_towards_the_size_limit(monkeypatch):
+    monkeypatch.setattr("rollpool.producer.enqueue.MAX_BATCH_BYTES", 3000)
+    make(["x" * 600], n=4)
+    with pytest.raises(InvalidPrompt, match="several batches"):
+        make(["x" * 600], n=4, split=4)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +102,14 @@ def test_numpy_integers_count_as_integers():
         ([[{"role": "user", "content": "x", "more": object()}]], {}, "prompts[0]:"),
         (["a"], {"n": 0}, "n: "),
         (["a"], {"n": True}, "n: "),
+        (["a"], {"n": 8, "split": 3}, "split: 8 samples do not divide into 3 equal parts"),
+        (["a"], {"n": 2, "split": 4}, "split: 2 samples do not divide into 4"),
+        (["a"], {"n": 2, "split": 0}, "split: "),
+        (["a"], {"n": 2, "split": True}, "split: "),
+        (["a"], {"n": 2000, "split": 2000}, "split: 2000 parts are over the limit of 1000"),
+        (["a"], {"n": 4, "split": 2, "min_samples": 2}, "min_samples: a split group"),
+        (["a"], {"n": 4, "min_samples": 5}, "min_samples: 5 is over n=4"),
+        (["a"], {"n": 4, "min_samples": 0}, "min_samples: "),
         (["a"], {"policy_version": -1}, "policy_version: "),
         (["a"], {"policy_version": "12"}, "policy_version: "),
         (["a"], {"max_staleness": -1}, "max_staleness: "),
@@ -125,6 +159,8 @@ def test_equal_batches_have_equal_content_whatever_their_deadline():
     "other",
     [
         {"n": 2},
+        {"n": 2, "split": 2},
+        {"min_samples": 1},
         {"policy_version": 4},
         {"max_staleness": 0},
         {"exact": True},
@@ -148,11 +184,19 @@ def test_a_batch_without_a_name_gets_a_new_one():
     assert draft(["a"], run="r", policy_version=0).batch != draft(["a"], run="r", policy_version=0).batch
 
 
-@pytest.mark.parametrize("name", ["enqueue_prompts", "publish_policy", "current_policy", "wait_for_policy", "groups"])
-def test_the_blocking_pool_has_the_parameters_of_the_asyncio_one(name):
-    blocking, asynchronous = (inspect.signature(getattr(pool, name)) for pool in (RolloutPool, AsyncRolloutPool))
-    assert blocking.parameters == asynchronous.parameters
-    assert getattr(RolloutPool, name).__doc__
+@pytest.mark.parametrize(("blocking", "asynchronous"), [(RolloutPool, AsyncRolloutPool), (Batch, AsyncBatch)])
+def test_the_blocking_classes_mirror_the_asyncio_ones(blocking, asynchronous):
+    internal = "for the pool, not for users"
+    names = {name for name, member in inspect.getmembers(asynchronous) if not name.startswith("_")}
+    public = {name for name in names if internal not in (inspect.getdoc(getattr(asynchronous, name)) or "").lower()}
+    assert public - {"content"} == {name for name in dir(blocking) if not name.startswith("_")}
+    for name in public:
+        ours, theirs = getattr(blocking, name), getattr(asynchronous, name)
+        assert inspect.getdoc(ours)
+        if callable(theirs):
+            assert inspect.signature(ours).parameters == inspect.signature(theirs).parameters
+    if blocking is RolloutPool:
+        assert inspect.signature(blocking).parameters == inspect.signature(asynchronous).parameters
 
 
 def test_the_function_has_the_parameters_of_the_method():
@@ -160,60 +204,3 @@ def test_the_function_has_the_parameters_of_the_method():
     assert ["self", *function.parameters] == list(method.parameters)
     assert function.return_annotation == method.return_annotation == Batch
     assert enqueue_prompts.__doc__ == RolloutPool.enqueue_prompts.__doc__
-
-
-def group(index, outcome="ok", prompt=3, output=2):
-    sample = {
-        "output_ids": np.ones(output, np.int32),
-        "logprobs": np.zeros(output, np.float32),
-        "text": "",
-        "finish_reason": "stop",
-        "version_spans": [(0, 0, output)],
-    }
-    return Group(
-        run="r",
-        batch="b",
-        index=index,
-        outcome=outcome,
-        policy_version=0,
-        prompt_ids=np.ones(prompt, np.int32),
-        samples=[sample] if outcome == "ok" else [],
-        sampling=SamplingParams(),
-    )
-
-
-def test_an_entry_read_twice_is_handed_out_once():
-    inbox = Inbox("b", 2)
-    inbox.add("1-0", group(0))
-    inbox.add("1-0", group(0))
-    assert inbox.head().index == 0
-    inbox.given += 1
-    assert not inbox.ready
-    assert not inbox.complete
-
-
-def test_the_report_accounts_for_every_job(caplog):
-    inbox = Inbox("b", 6)
-    for entry, arrived in enumerate(
-        [
-            group(0, output=2),
-            group(1, output=4),
-            group(2, "failed", prompt=9),
-            group(3, "stale", prompt=0),
-            group(4, "failed"),
-        ]
-    ):
-        inbox.add(f"{entry}-1", arrived)
-    report = inbox.report()
-    assert (report.enqueued, report.ok, report.failed, report.stale, report.open) == (6, 2, 2, 1, 1)
-    assert report.ok + report.dropped + report.open == report.enqueued
-    assert (report.kept_outputs.count, report.kept_outputs.mean, report.kept_outputs.max) == (2, 3.0, 4)
-    assert (report.dropped_prompts.count, report.dropped_prompts.median) == (2, 6.0)
-    # One warning for each reason, not for each job.
-    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
-
-
-def test_ranges_come_back_as_they_were():
-    assert as_ranges([0, 1, 2, 5, 7, 8]) == [[0, 3], [5, 6], [7, 9]]
-    assert from_ranges(as_ranges([0, 1, 2, 5, 7, 8])) == {0, 1, 2, 5, 7, 8}
-    assert as_ranges([]) == []
