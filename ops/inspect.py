@@ -1,7 +1,8 @@
 """What a pool holds now, read with plain commands: nothing here changes anything.
 
-Invariant: backlog, in flight and waiting jobs are read in one transaction, so that their sum is the number of open jobs
-of that moment.
+Invariant: backlog, in flight and waiting are read in one transaction, so that their sum is the open jobs of that moment
+(unfinished parts, where groups are split), and with them the entries of jobs that were settled meanwhile, by a cancel
+say, and that no host has met yet. Which is which, `rollpool doctor` tells.
 """
 
 from collections import Counter
@@ -10,7 +11,7 @@ from typing import Any
 
 from redis import Redis
 
-from rollpool.schemas import GROUP, LANES, Keys, WorkerStatus
+from rollpool.schemas import GROUP, LANES, OUTCOMES, Keys, WorkerStatus
 
 #: Entries looked at to tell the backlog by policy: the oldest, which is what hosts take next.
 SCANNED = 10_000
@@ -18,13 +19,17 @@ SCANNED = 10_000
 
 @dataclass(frozen=True)
 class LaneStatus:
-    """The backlog of one run in one lane, in jobs."""
+    """One run in one lane, in entries."""
 
     run: str
     lane: str
+    #: That no host has yet.
     backlog: int
+    #: In the hands of hosts, those that waited before included.
     in_flight: int
-    #: Jobs on the stream by policy tag, of the first `SCANNED`.
+    #: That waited, and are taken before the backlog.
+    ready: int
+    #: Entries of the lane's stream by policy tag, of the first `SCANNED`.
     by_policy: dict[str, int]
 
 
@@ -33,11 +38,14 @@ class RunStatus:
     """Counters of one run, in jobs, samples and tokens since it began."""
 
     run: str
+    weight: float
     enqueued: int
     open: int
     outcomes: dict[str, int]
     samples: int
     tokens: int
+    #: Of results that no trainer has read yet.
+    unread_bytes: int
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,10 @@ class PoolStatus:
     pool: str
     policy: int | None
     changing: str | None
-    parked: int
+    #: Entries that wait: for a time, for a policy or a newer one, for one policy alone.
     delayed: int
+    parked: int
+    exact: int
     dead: int
     lanes: list[LaneStatus] = field(default_factory=list)
     runs: list[RunStatus] = field(default_factory=list)
@@ -67,27 +77,33 @@ def read_status(client: Redis, keys: Keys) -> PoolStatus:
     with client.pipeline(transaction=True) as pipe:
         pipe.get(keys.policy)
         pipe.get(keys.rollout)
-        pipe.zcard(keys.parked)
-        pipe.zcard(keys.delayed)
+        for place in (keys.delayed, keys.parked, keys.exact):
+            pipe.zcard(place)
         pipe.xlen(keys.dead)
+        pipe.eval(_RETRIES, 1, keys.retries)
         for run in runs:
             pipe.hgetall(keys.run(run))
         for run, lane in streams:
             pipe.xlen(keys.jobs(run, lane))
             pipe.eval(_PENDING, 1, keys.jobs(run, lane), GROUP)
-        policy, changing, parked, delayed, dead, *rest = pipe.execute()
+            pipe.llen(keys.ready(run, lane))
+        policy, changing, delayed, parked, exact, dead, retried, *rest = pipe.execute()
+    again = Counter((run.decode(errors="replace"), lane.decode(errors="replace")) for run, lane in retried)
     counts = rest[len(runs) :]
     return PoolStatus(
         pool=keys.pool,
         policy=int(policy) if policy else None,
         changing=changing.decode() if changing else None,
-        parked=parked,
         delayed=delayed,
+        parked=parked,
+        exact=exact,
         dead=dead,
         lanes=[
-            LaneStatus(run, lane, length - pending, pending, _by_policy(client, keys.jobs(run, lane)))
-            for (run, lane), length, pending in zip(streams, counts[::2], counts[1::2], strict=True)
-            if length
+            LaneStatus(
+                run, lane, length - held, held + again[run, lane], ready, _by_policy(client, keys.jobs(run, lane))
+            )
+            for (run, lane), length, held, ready in zip(streams, counts[::3], counts[1::3], counts[2::3], strict=True)
+            if length or ready or again[run, lane]
         ],
         runs=[_run_status(run, counters) for run, counters in zip(runs, rest, strict=False)],
         workers=read_workers(client, keys),
@@ -98,6 +114,24 @@ def read_status(client: Redis, keys: Keys) -> PoolStatus:
 _PENDING = """
 local summary = redis.pcall('XPENDING', KEYS[1], ARGV[1])
 return summary.err and 0 or summary[1]
+"""
+
+#: Run and lane of each entry of `retries`, which holds what is in the hands of hosts and no more; the bodies stay.
+_RETRIES = """
+local found, from = {}, '-'
+while true do
+  local entries = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', 100)
+  for _, entry in ipairs(entries) do
+    local place = {'', 'default'}
+    for at = 1, #entry[2], 2 do
+      if entry[2][at] == 'run' then place[1] = entry[2][at + 1] end
+      if entry[2][at] == 'lane' then place[2] = entry[2][at + 1] end
+    end
+    found[#found + 1] = place
+  end
+  if #entries < 100 then return found end
+  from = '(' .. entries[#entries][1]
+end
 """
 
 
@@ -118,12 +152,23 @@ def _by_policy(client: Redis, stream: str) -> dict[str, int]:
 
 
 def _run_status(run: str, counters: dict[bytes, bytes]) -> RunStatus:
-    count = {name.decode(): int(value) for name, value in counters.items() if value.lstrip(b"-").isdigit()}
+    text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in counters.items()}
+    count = {name: int(value) for name, value in text.items() if value.lstrip("-").isdecimal()}
     return RunStatus(
         run=run,
-        enqueued=count.pop("enqueued", 0),
-        open=count.pop("open", 0),
-        samples=count.pop("samples", 0),
-        tokens=count.pop("tokens", 0),
-        outcomes=count,
+        weight=_weight(text.get("weight", "")),
+        enqueued=count.get("enqueued", 0),
+        open=count.get("open", 0),
+        samples=count.get("samples", 0),
+        tokens=count.get("tokens", 0),
+        unread_bytes=count.get("unread", 0),
+        outcomes={outcome: count[outcome] for outcome in OUTCOMES if count.get(outcome)},
     )
+
+
+def _weight(text: str) -> float:
+    """1 where none was set, or somebody else set something, as hosts read it."""
+    try:
+        return float(text)
+    except ValueError:
+        return 1.0

@@ -6,15 +6,17 @@ Invariant: every figure comes from `read_status`; here it is only drawn.
 import json
 import time
 
-from redis.exceptions import RedisError
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from rollpool.ops.cli.asking import asking
+from rollpool.ops.cli.tables import table
 from rollpool.ops.inspect import PoolStatus, read_status
-from rollpool.schemas import Keys, RollpoolError, WorkerStatus
-from rollpool.schemas.connection import connect, without_password
+from rollpool.schemas import Keys, WorkerStatus
+
+_MIB = 2**20
 
 
 def show_status(url: str, pool: str, *, watch: float | None, as_json: bool) -> None:
@@ -24,62 +26,59 @@ def show_status(url: str, pool: str, *, watch: float | None, as_json: bool) -> N
         RollpoolError: the server cannot be reached.
     """
     keys = Keys(pool)
-    with connect(url, retries=0) as client:
-        try:
-            first = read_status(client, keys)
-            if as_json:
-                print(json.dumps(first.as_dict()))
-            elif watch is None:
-                Console().print(draw(first))
-            else:
-                with Live(draw(first), auto_refresh=False) as live:
-                    while True:
-                        time.sleep(watch)
-                        live.update(draw(read_status(client, keys)), refresh=True)
-        except RedisError as error:
-            raise RollpoolError(
-                f"the server at {without_password(url)} cannot be reached ({error}); set --url or ROLLPOOL_URL"
-            ) from error
+    with asking(url, keys) as client:
+        first = read_status(client, keys)
+        if as_json:
+            print(json.dumps(first.as_dict()))
+        elif watch is None:
+            Console().print(draw(first))
+        else:
+            with Live(draw(first), auto_refresh=False) as live:
+                while True:
+                    time.sleep(watch)
+                    live.update(draw(read_status(client, keys)), refresh=True)
 
 
 def draw(status: PoolStatus) -> Group:
     """The whole status."""
     policy = "none published" if status.policy is None else f"policy {status.policy}"
     changing = f", {status.changing} is changing" if status.changing else ""
-    waiting = f"parked {status.parked}, delayed {status.delayed}, dead {status.dead}"
+    waiting = f"delayed {status.delayed:,}, parked {status.parked:,}, exact {status.exact:,}, dead {status.dead:,}"
     head = Text(f"pool {status.pool}: {policy}{changing}; {waiting}")
     return Group(head, _lanes(status), _runs(status), _workers(status.workers))
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
-    return table
-
-
 def _lanes(status: PoolStatus) -> Table:
-    table = _table("backlog (jobs)", "run", "lane", "backlog", "in flight", "by policy")
+    made = table("backlog (entries)", "run", "lane", "backlog", "in flight", "ready", "by policy")
     for lane in status.lanes:
         policies = ", ".join(f"{version}: {count}" for version, count in lane.by_policy.items())
-        table.add_row(lane.run, lane.lane, f"{lane.backlog:,}", f"{lane.in_flight:,}", policies)
-    return table
+        made.add_row(lane.run, lane.lane, f"{lane.backlog:,}", f"{lane.in_flight:,}", f"{lane.ready:,}", policies)
+    return made
 
 
 def _runs(status: PoolStatus) -> Table:
-    table = _table("runs", "run", "enqueued", "open", "settled", "samples", "tokens")
+    made = table(
+        "runs (jobs)", "run", "weight", "enqueued", "open", "settled", "samples", "tokens", "unread results (MiB)"
+    )
     for run in status.runs:
         settled = ", ".join(f"{outcome} {count:,}" for outcome, count in sorted(run.outcomes.items()))
-        table.add_row(run.run, f"{run.enqueued:,}", f"{run.open:,}", settled, f"{run.samples:,}", f"{run.tokens:,}")
-    return table
+        made.add_row(
+            run.run,
+            f"{run.weight:g}",
+            f"{run.enqueued:,}",
+            f"{run.open:,}",
+            settled,
+            f"{run.samples:,}",
+            f"{run.tokens:,}",
+            f"{run.unread_bytes / _MIB:,.1f}",
+        )
+    return made
 
 
 def _workers(workers: list[WorkerStatus]) -> Table:
-    table = _table(
-        "workers", "worker", "state", "policy", "in engine", "jobs", "settled", "tokens", "restarts", "engine"
-    )
+    made = table("workers", "worker", "state", "policy", "in engine", "jobs", "settled", "tokens", "restarts", "engine")
     for worker in workers:
-        table.add_row(
+        made.add_row(
             worker.name,
             f"{worker.state}: {worker.error:.60}" if worker.error else worker.state,
             "" if worker.policy is None else str(worker.policy),
@@ -90,4 +89,4 @@ def _workers(workers: list[WorkerStatus]) -> Table:
             str(worker.engine_restarts),
             worker.engine,
         )
-    return table
+    return made

@@ -8,14 +8,13 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from rollpool.ops.cli.asking import AsJson, Pool, Url
+from rollpool.ops.cli.dead import dead
 from rollpool.schemas import RollpoolError
 from rollpool.schemas.connection import DEFAULT_POOL, DEFAULT_URL
 
 #: Exit status after Ctrl-C, as shells have it: 128 + SIGINT.
 INTERRUPTED = 130
-
-Url = Annotated[str, typer.Option(envvar="ROLLPOOL_URL", help="Server of the pool.")]
-Pool = Annotated[str, typer.Option(envvar="ROLLPOOL_POOL", help="Name of the pool.")]
 
 
 class _Group(typer.core.TyperGroup):
@@ -52,12 +51,34 @@ def status(
     url: Url = DEFAULT_URL,
     pool: Pool = DEFAULT_POOL,
     watch: Annotated[float | None, typer.Option(help="Show it again every so many seconds.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the backlog by run, lane and policy, what is in flight, the workers and their engines."""
     from rollpool.ops.status import show_status
 
     show_status(url, pool, watch=watch, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    url: Url = DEFAULT_URL,
+    pool: Pool = DEFAULT_POOL,
+    quiescent: Annotated[
+        bool, typer.Option("--quiescent", help="Nothing is open and everything committed: tell what was left behind.")
+    ] = False,
+    named: Annotated[int, typer.Option(min=1, help="Of each kind of trouble, name so many at most.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Check that every job is in exactly one place and the counters are right; exit status 1 when something is wrong.
+
+    The server does nothing else meanwhile: one to two seconds for 100,000 jobs of 2 KB.
+    """
+    from rollpool.ops.cli.doctor import show_report
+
+    show_report(url, pool, quiescent=quiescent, named=named, as_json=as_json)
+
+
+app.add_typer(dead, name="dead")
 
 
 @app.command()

@@ -1,0 +1,167 @@
+"""How soon do a dead worker's jobs run elsewhere, and is a long job of a live one ever run twice? At default settings.
+
+Real `rq worker` processes with simulated engines (the engine plays no part: what is measured is the lease, its
+reclaiming and the next pull). One worker after another is killed with SIGKILL and started again later under another
+name, so that nothing is taken over by name; for each job in its hands the seconds count until another consumer has it
+or it is settled. Beside them runs one job of `--long` seconds on a worker that nobody touches: it must keep one
+delivery, one consumer and no loss from its first second to its last. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from redis import Redis
+from rich.console import Console
+
+from rollpool.ops.local.hosts import LocalHosts
+from rollpool.ops.local.run import wait_until_served
+from rollpool.ops.local.server import LocalServer
+from rollpool.ops.sim import make_sim_model, sim_engine
+from rollpool.producer import RolloutPool, SamplingParams
+from rollpool.schemas import GROUP, Keys
+from rollpool.schemas.connection import connect
+from rollpool.worker.settings import WorkerSettings
+
+POOL = "recovery"
+#: Milliseconds of a decode step, and the median length of the short jobs: 2 s each, and every worker has its hands full
+#: all the time. A reclaimed job waits for room like any other, and goes first.
+STEP_MS, MEDIAN_TOKENS = 20.0, 100
+#: Seconds between looks at who has what: the resolution of the figures.
+LOOK_S = 0.05
+console = Console(stderr=True)
+
+
+def in_hands(client: Redis, keys: Keys, run: str) -> dict[str, str]:
+    """Who has each job that a host holds: consumer by job."""
+    holders: dict[str, str] = {}
+    for stream in keys.streams([run]):
+        if not client.exists(stream):
+            continue
+        pending: Any = client.xpending_range(stream, GROUP, "-", "+", 1000)
+        for row in pending:
+            entry: Any = client.xrange(stream, row["message_id"], row["message_id"])
+            if entry:
+                holders[entry[0][1][b"job"].decode()] = row["consumer"].decode()
+    return holders
+
+
+def is_settled(client: Redis, keys: Keys, run: str, job: str) -> bool:
+    """True when it has its outcome."""
+    batch, _, index = job.partition("/")
+    return bool(client.hget(keys.batch(run, batch), index) != b"open")
+
+
+@dataclass
+class LongJob:
+    """What was seen of the job that outlasts many leases."""
+
+    client: Redis
+    keys: Keys
+    seen: set[tuple[str, str, str]] = field(default_factory=set)
+    begun_at: float = field(default_factory=time.monotonic)
+
+    def look(self) -> bool:
+        """Note who has it; True once it is settled."""
+        for stream in self.keys.streams(["long"]):
+            if not self.client.exists(stream):
+                continue
+            pending: Any = self.client.xpending_range(stream, GROUP, "-", "+", 1000)
+            for row in pending:
+                entry: Any = self.client.xrange(stream, row["message_id"], row["message_id"])
+                if entry and entry[0][1][b"job"] == b"long/0":
+                    self.seen.add((stream, row["message_id"].decode(), row["consumer"].decode()))
+        return is_settled(self.client, self.keys, "long", "long/0")
+
+
+def recovery_of_one(client: Redis, keys: Keys, hosts: LocalHosts, victim: str) -> list[float]:
+    """Kill a worker; seconds until each of its jobs is elsewhere."""
+    while sum(holder.startswith(f"{victim}:") for holder in in_hands(client, keys, "short").values()) < 8:
+        time.sleep(LOOK_S)
+    before = in_hands(client, keys, "short")
+    hosts.workers[victim].kill()
+    killed_at = time.monotonic()
+    waiting = {job for job, holder in before.items() if holder.startswith(f"{victim}:")}
+    seconds = list[float]()
+    while waiting:
+        now = in_hands(client, keys, "short")
+        back = {
+            job
+            for job in waiting
+            if not now.get(job, f"{victim}:").startswith(f"{victim}:") or is_settled(client, keys, "short", job)
+        }
+        seconds += [time.monotonic() - killed_at] * len(back)
+        waiting -= back
+        time.sleep(LOOK_S)
+    console.print(f"{victim}: {len(seconds)} jobs elsewhere after {min(seconds):.1f} to {max(seconds):.1f} s")
+    return seconds
+
+
+def run(kills: int, long_s: float, directory: Path) -> dict[str, object]:
+    """The whole of it."""
+    model = make_sim_model(directory / "model", signature=1)
+    with (
+        LocalServer() as server,
+        LocalHosts(
+            server.url,
+            POOL,
+            directory / "logs",
+            sim_engine(max_running_requests=16, step_ms=STEP_MS, median_tokens=MEDIAN_TOKENS),
+        ) as hosts,
+        RolloutPool(server.url, pool=POOL, run="long") as long_pool,
+        RolloutPool(server.url, pool=POOL, run="short") as pool,
+        connect(server.url) as client,
+    ):
+        keys = Keys(POOL)
+        pool.publish_policy(1, checkpoint=str(model))
+        hosts.start("untouched")
+        wait_until_served(pool, hosts, 1)
+        exactly = SamplingParams(max_new_tokens=int(1000 * long_s / STEP_MS), ignore_eos=True)
+        long_pool.enqueue_prompts([[1, 2, 3]], policy_version=1, sampling=exactly, batch_id="long")
+        watched = LongJob(client, keys)
+        while not watched.seen:
+            watched.look()
+        for number in range(3):
+            hosts.start(f"worker-{number}")
+        wait_until_served(pool, hosts, 1)
+        short = SamplingParams(max_new_tokens=1000)
+        pool.enqueue_prompts([[index] for index in range(100, 9100)], policy_version=1, sampling=short, batch_id="short")
+        seconds = list[float]()
+        for number in range(kills):
+            seconds += recovery_of_one(client, keys, hosts, f"worker-{number}")
+            hosts.workers.pop(f"worker-{number}")
+            hosts.start(f"worker-{number + 3}")
+            watched.look()
+        while not watched.look():
+            time.sleep(1.0)
+        took = time.monotonic() - watched.begun_at
+        (group,) = long_pool.batches["long"].collect(timeout=10)
+        for name in (worker for worker in list(hosts.workers) if worker != "untouched"):
+            hosts.workers[name].kill()
+    return {
+        "kills": kills,
+        "jobs": len(seconds),
+        "lease_s": WorkerSettings().lease_s,
+        "recovery_seconds": {"median": round(statistics.median(seconds), 2), "worst": round(max(seconds), 2)},
+        "long_job_seconds": round(took, 1),
+        "long_job_deliveries": len(watched.seen),
+        "long_job_samples": len(group.samples),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=6)
+    parser.add_argument("--long", type=float, default=600.0, help="seconds of the long job")
+    options = parser.parse_args()
+    with TemporaryDirectory() as directory:
+        print(json.dumps(run(options.kills, options.long, Path(directory))))
+
+
+if __name__ == "__main__":
+    main()
