@@ -6,7 +6,7 @@ PACKAGES := schemas producer worker ops
 # A strict editable install links files one by one, so a file that comes or goes means installing again.
 FOLDERS := $(shell find $(PACKAGES) -type d -not -name __pycache__)
 
-.PHONY: setup demo test lint format types wheel tests bench-queue bench-saturation docs clean
+.PHONY: setup demo test lint format types wheel tests bench-queue bench-saturation bench-recovery bench-scale chaos docs clean
 
 setup: $(VENV)/.ready
 
@@ -41,8 +41,17 @@ tests: setup
 bench-queue: setup
 	$(BIN)/python benchmarks/bench_queue.py
 
+bench-recovery: setup
+	$(BIN)/python benchmarks/bench_recovery.py
+
 bench-saturation: setup
 	$(BIN)/python benchmarks/bench_saturation.py
+
+bench-scale: setup
+	$(BIN)/python benchmarks/bench_scale.py
+
+chaos: setup
+	$(BIN)/python tests/chaos/run_storm.py
 
 docs: setup
 	$(BIN)/python docs/make_reference.py

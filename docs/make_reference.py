@@ -354,17 +354,30 @@ def _prose(value: Any) -> str:
 def _command_text() -> str:
     group: Any = typer.main.get_command(app)
     parts = ["## The command: `rollpool`\n", f"{group.help}\n"]
-    for name in sorted(group.commands):
-        command = group.commands[name]
-        parts.append(f"### `rollpool {name}`\n\n{command.help}\n")
+    for name, command in _commands("rollpool", group):
+        parts.append(f"### `{name}`\n\n{command.help}\n")
         rows = [
-            (f"`{option.opts[0]}`", f"`{option.envvar}`" if option.envvar else "", _option_default(option), option.help)
+            (_option_name(option), f"`{option.envvar}`" if option.envvar else "", _option_default(option), option.help)
             for option in command.params
             if option.name != "help"
         ]
         if rows:
             parts.append(_table(("option", "variable", "default", "meaning"), rows) + "\n")
     return "\n".join(parts)
+
+
+def _commands(prefix: str, group: Any) -> Iterator[tuple[str, Any]]:
+    """Every command with its whole name; those of a group of commands after it."""
+    for name in sorted(group.commands):
+        command = group.commands[name]
+        yield f"{prefix} {name}", command
+        if hasattr(command, "commands"):
+            yield from _commands(f"{prefix} {name}", command)
+
+
+def _option_name(option: Any) -> str:
+    """An argument goes by its place in the line, and is shown in capitals."""
+    return f"`{option.opts[0]}`" if option.opts[0].startswith("-") else f"`{option.opts[0].upper()}`"
 
 
 def _option_default(option: Any) -> str:
