@@ -21,7 +21,7 @@ from rollpool.schemas.results import Group
 _LOG = logging.getLogger("rollpool.producer")
 
 
-class BatchFacts:
+class _Facts:
     """What both kinds of batch say without asking the server."""
 
     _inbox: Inbox
@@ -55,7 +55,7 @@ class BatchFacts:
         )
 
 
-class AsyncBatch(BatchFacts):
+class AsyncBatch(_Facts):
     """A batch for asyncio code; made by `AsyncRolloutPool.enqueue_prompts`."""
 
     def __init__(

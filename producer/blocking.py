@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from rollpool.producer.batch import AsyncBatch, BatchFacts
+from rollpool.producer.batch import AsyncBatch, _Facts
 from rollpool.producer.feed import Feed
 from rollpool.producer.pool import BACKLOG_LIMIT, AsyncRolloutPool
 from rollpool.producer.portal import Portal
@@ -45,7 +45,7 @@ def hand_out(
             yield group
 
 
-class Batch(BatchFacts):
+class Batch(_Facts):
     """A batch for blocking code: the same as `AsyncBatch`; made by `RolloutPool.enqueue_prompts`."""
 
     def __init__(self, batch: AsyncBatch, portal: Portal) -> None:

@@ -33,8 +33,8 @@ CURRENT = 7
 VERSIONS = range(5, 9)
 #: Times of the server: over before it began, and never.
 PAST_MS, NEVER_MS = 1, 10**15
-#: As in reclaim.lua.
-SHRINK = 8
+#: As in reclaim.lua: the company after the third lost worker.
+SMALL = 8
 
 hosts = st.sampled_from(HOSTS)
 picks = st.integers(0, 10**6)
@@ -124,8 +124,6 @@ class Model(RuleBasedStateMachine):
         #: Where a piece was put to wait.
         self.waits: dict[Piece, Place] = {}
         self.deliveries: list[Delivery] = []
-        #: The most that each host held when it was lost.
-        self.companies: dict[str, int] = {}
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(call)
@@ -312,27 +310,24 @@ class Model(RuleBasedStateMachine):
     def reclaim(self, host: str) -> None:
         lost = [delivery for delivery in self.deliveries if delivery.held and delivery.host == host]
         assert self.pool.reclaim(prefix=host, runs=RUNS, reason="lost") == len(lost)
-        # Stream by stream, as the call above goes; what was in company is remembered from the first of them.
+        # Stream by stream, as the call above goes.
         for stream in self.pool.keys.streams(RUNS):
             mine = [delivery for delivery in lost if delivery.held and delivery.entry.stream == stream]
-            holds = sum(delivery.held for delivery in lost)
-            if any(self.is_open(delivery.piece) for delivery in mine):
-                self.companies[host] = max(self.companies.get(host, 0), holds)
+            alone = sum(delivery.held for delivery in lost) == 1
             for delivery in mine:
                 delivery.held = False
                 if self.is_open(delivery.piece):
-                    self.records[delivery.piece] = self.charged(delivery.entry.record, host)
+                    self.records[delivery.piece] = self.charged(delivery.entry.record, host, alone)
                     self.waits[delivery.piece] = READY
 
-    def charged(self, record: Record, host: str) -> Record:
-        company = self.companies[host]
-        alone = record.company == 1
-        if record.company is not None:
-            company = max(1, min(record.company, company) // SHRINK)
+    def charged(self, record: Record, host: str, alone: bool) -> Record:
+        losses, company = record.losses + 1, record.company
+        if losses >= 3:
+            company = 1 if losses > 3 else min(company or SMALL, SMALL)
         return Record(
-            attempts=record.attempts + (not alone),
-            faults=record.faults + alone,
-            losses=record.losses + 1,
+            attempts=record.attempts + (record.company != 1),
+            faults=record.faults + (record.company == 1 and alone),
+            losses=losses,
             company=company,
             avoid=host.partition(":")[0],
             history=f"{record.history}lost\n",

@@ -194,6 +194,15 @@ async def test_a_job_that_waited_is_read_from_the_stream_of_retries(pool: Pool) 
     await pool.check("b")
 
 
+async def test_what_a_host_was_given_of_the_retries_nobody_who_reads_on_is_given_again(pool: Pool) -> None:
+    await pool.put(2)
+    for entry in await pool.take():
+        await pool.give_back(entry)
+    for _ in range(2):
+        await pool.take(1)
+        assert await pool.server.xreadgroup(GROUP, "other:1", {pool.keys.retries: ">"}) == []
+
+
 async def test_a_job_that_waited_keeps_its_lane_wherever_it_goes(pool: Pool) -> None:
     await pool.put(1, lane="low")
     await pool.put(1, batch="urgent")
@@ -643,6 +652,33 @@ async def test_a_job_that_ran_alone_is_charged_itself(pool: Pool) -> None:
         [entry] = await pool.take()
         expected = Record(attempts=2, faults=faults, losses=2 + faults, company=1, avoid="a", history="lost\n" * faults)
         assert entry.record == expected
+
+
+@pytest.mark.parametrize("other", ["same stream", "lane", "run"])
+async def test_a_job_that_waited_for_the_others_of_its_host_to_leave_is_charged_nothing(pool: Pool, other: str) -> None:
+    runs = ("one", "two")
+    await pool.put(1, run="one", batch="suspect")
+    [suspect] = await pool.take(runs=runs)
+    await pool.give_back(suspect, record=Record(attempts=4, losses=4, company=1))
+    await pool.put(1, run="two" if other == "run" else "one", batch="other", lane="low")
+    entries = await pool.take(runs=runs)
+    if other == "same stream":
+        await pool.give_back(entries[1])
+        await pool.take(runs=runs)
+    assert pool.reclaim(runs=runs) == 2
+    [after] = [entry.record for entry in await pool.take(runs=runs) if entry.job == suspect.job]
+    assert after == Record(attempts=4, faults=0, losses=5, company=1, avoid="a", history="lost\n")
+
+
+async def test_what_other_consumers_hold_is_no_company(pool: Pool) -> None:
+    await pool.put(2)
+    await pool.take(1, by="a:1")
+    [suspect] = await pool.take(1, by="b:1")
+    await pool.give_back(suspect, record=Record(attempts=4, losses=4, company=1), by="b:1")
+    await pool.take(1, by="b:1")
+    assert pool.reclaim(prefix="b:") == 1
+    [back] = await pool.take(1)
+    assert (back.job, back.record.faults) == (suspect.job, 1)
 
 
 async def test_a_history_keeps_its_last_lines(pool: Pool) -> None:

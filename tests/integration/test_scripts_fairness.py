@@ -155,7 +155,7 @@ async def idleness_earns_nothing(pool: Pool, idle: int, wanted: int, how: str) -
     runs = ["busy", "idle"]
     await fill(pool, "busy", 1, (idle + 10) * wanted)
     if how != "new":
-        await pool.put(1, run="idle", n=1)
+        await pool.put(2 if how == "full" else 1, run="idle", n=1)
         [entry] = await pool.take(1, runs=["idle"])
         if how != "held":
             await pool.settle(ended(entry))
@@ -230,6 +230,7 @@ async def test_who_wants_nothing_changes_nothing(pool: Pool) -> None:
     await pool.put(5, run="one")
     await pool.put(5, run="other")
     await pool.take(3, runs=["one"])
+    await pool.server.set(pool.keys.fair, 100)
     before = [await pool.server.hgetall(pool.keys.run(run)) for run in ("one", "other")]
     assert await pool.take(0, runs=["one", "other"]) == []
     assert [await pool.server.hgetall(pool.keys.run(run)) for run in ("one", "other")] == before

@@ -64,6 +64,9 @@ FIELDS: list[bytes] = [
     msgpack.packb(["x", "y"]),
     msgpack.packb(["x", "y"] * 5000),
     msgpack.packb(["job", "b/0", "run", "norun"]),
+    msgpack.packb(["job", "b/0", "run", RUN, "odd"]),
+    msgpack.packb(["job", "b/0", "run", RUN] + ["x", "y"] * 600),
+    msgpack.packb(["job", "b/0", "run", RUN] + ["x", "y"] * 6000),
     msgpack.packb(["job", "b/0", "run", "a:b"]),
 ]
 

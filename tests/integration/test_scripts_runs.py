@@ -142,6 +142,11 @@ async def test_no_more_is_enqueued_than_will_be_fresh_when_it_is_trained_on(pool
     assert await put_under(pool, rule, 4, "six") == Enqueued("new", 4)
 
 
+async def test_a_rule_that_became_stricter_has_no_room_and_not_less(pool: Pool) -> None:
+    await put_under(pool, StalenessRule(max_staleness=1, batch_size=4), 8, "b")
+    assert await put_under(pool, StalenessRule(max_staleness=0, batch_size=4), 1, "c") == Enqueued("stale", 0)
+
+
 async def test_what_did_not_end_ok_makes_room(pool: Pool) -> None:
     rule = StalenessRule(max_staleness=0, batch_size=3)
     await put_under(pool, rule, 3, "b")
