@@ -50,7 +50,7 @@ def in_engine(real_pool: RealPool, name: str) -> int:
 
 
 def running_in(real_pool: RealPool, name: str) -> int | None:
-    """Requests that the engine itself says it runs, once it has had time to notice; None where its line does not say."""
+    """Requests that the engine says it runs, once it has had time to notice; None where its line does not say."""
 
     async def ask() -> int | None:
         async with await HttpEngine.attach(real_pool.engine(name).url) as engine:
