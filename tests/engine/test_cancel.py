@@ -54,11 +54,13 @@ def running_in(real_pool: RealPool, name: str) -> int | None:
 
     async def ask() -> int | None:
         async with await HttpEngine.attach(real_pool.engine(name).url) as engine:
+            running = None
             for _ in range(50):
                 load = await engine.load()
-                if load is None or not load.running:
-                    return None if load is None else load.running
+                running = None if load is None else load.running
+                if not running:
+                    break
                 await asyncio.sleep(0.2)
-            return load.running
+            return running
 
     return asyncio.run(ask())

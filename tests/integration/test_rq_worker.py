@@ -403,12 +403,12 @@ def test_the_pools_url_is_that_of_rqs_connection(url: str) -> None:
     ],
 )
 def test_the_pools_url_is_that_of_rqs_sentinels(settings: dict[str, Any], url: str) -> None:
-    made = rq_worker._url_of(get_redis_from_config({"SENTINEL": settings}))  # type: ignore[no-untyped-call]
+    made = rq_worker._url_of(get_redis_from_config({"SENTINEL": settings}))
     assert made == url
     connect(made).close()  # it is one that rollpool understands
 
 
 def test_sentinels_that_speak_another_protocol_than_their_master_are_refused() -> None:
-    connection = get_redis_from_config({"SENTINEL": {"SSL": True}})  # type: ignore[no-untyped-call]
+    connection = get_redis_from_config({"SENTINEL": {"SSL": True}})
     with pytest.raises(SettingsError, match="ROLLPOOL_URL"):
         rq_worker._url_of(connection)

@@ -103,7 +103,7 @@ def finished(held: HeldJob, *, tokens: int = 1, text: str = "x") -> Group:
 
 def answer(text: str) -> Exception:
     """What redis-py makes of a server's answer: the word it begins with may be gone by then."""
-    parsed: Exception = BaseParser.parse_error(text)  # type: ignore[no-untyped-call]
+    parsed: Exception = BaseParser.parse_error(text)
     return parsed
 
 
