@@ -127,10 +127,15 @@ class Generator:
     @property
     def room(self) -> int:
         """Samples that could start now beyond those held; none while a job needs the others to leave."""
-        limit = least(held.record.company for held in self._limited)
-        if limit is not None and len(self._jobs) >= limit:
+        if self.seats == 0:
             return 0
         return self._target - len(self._tasks) - len(self._waiting)
+
+    @property
+    def seats(self) -> int | None:
+        """Jobs that may join those here; None while no job limits its company."""
+        limit = least(held.record.company for held in self._limited)
+        return None if limit is None else max(0, limit - len(self._jobs))
 
     @property
     def company(self) -> int:

@@ -113,7 +113,7 @@ class Puller:
 
     async def _turn_once(self) -> None:
         self._changed.clear()
-        wanted = jobs_wanted(self._generator.room, self._mean_n.value, self._settler.unconfirmed, UNSETTLED_LIMIT)
+        wanted = self._wanted()
         if wanted == 0 or self._paused():
             self.idle_since = None
             await self._wait_for_change()
@@ -138,6 +138,11 @@ class Puller:
         if entries:
             self.idle_since = None
             await self._take(entries)
+
+    def _wanted(self) -> int:
+        wanted = jobs_wanted(self._generator.room, self._mean_n.value, self._settler.unconfirmed, UNSETTLED_LIMIT)
+        seats = self._generator.seats
+        return wanted if seats is None else min(wanted, seats)
 
     def _show_backlog(self, backlog: bool) -> None:
         if backlog != self.backlog:
