@@ -48,6 +48,11 @@ def in_hands(client: Redis, keys: Keys, run: str) -> dict[str, str]:
     return holders
 
 
+def history_of(fields: dict[bytes, bytes]) -> str:
+    """What the losses of a job were."""
+    return fields.get(b"history", b"").decode().strip()
+
+
 def delivered(client: Redis, stream: str) -> Iterator[tuple[dict[bytes, bytes], str]]:
     """The entries of a stream that hosts hold, each with who."""
     if not client.exists(stream):
@@ -78,8 +83,9 @@ class LongJob:
         """Note who has it; True once it is settled."""
         for stream in self.keys.streams(["long"]):
             for fields, holder in delivered(self.client, stream):
-                if fields[b"job"] == b"long/0":
-                    self.seen.add((stream, fields.get(b"losses", b"0").decode(), holder))
+                if fields[b"job"] == b"long/0" and (here := (stream, history_of(fields), holder)) not in self.seen:
+                    self.seen.add(here)
+                    console.print(f"the long job is with {holder} in {stream}, after {here[1] or 'no loss'}")
         return is_settled(self.client, self.keys, "long", "long/0")
 
 

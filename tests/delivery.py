@@ -1,7 +1,8 @@
 """A pool as its scripts see it: what trainers and hosts may call, and an eye of its own on where every job is."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgpack
@@ -378,3 +379,22 @@ def jobs_of(entries: Iterable[Entry]) -> list[str]:
 def with_record(entry: Entry, **changes: Any) -> Record:
     """What an entry carries, but for some of it."""
     return Record(**{**{name: getattr(entry.record, name) for name in Record.__slots__}, **changes})
+
+
+@asynccontextmanager
+async def heard(pool: Pool) -> AsyncIterator[Any]:
+    """The channel of ended batches, subscribed."""
+    channel: Any = pool.server.pubsub(ignore_subscribe_messages=True)
+    await channel.subscribe(pool.keys.ended)
+    assert await channel.get_message(timeout=10) is None  # the subscription itself
+    try:
+        yield channel
+    finally:
+        await channel.aclose()
+
+
+async def next_of(channel: Any) -> bytes:
+    message = await channel.get_message(timeout=10)
+    assert message is not None
+    data: bytes = message["data"]
+    return data

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import msgpack
 import pytest
 from aiohttp import web
 from fake_engine import FakeServer, completion
@@ -26,6 +27,7 @@ from waiting import LONG, until
 from rollpool.producer import AsyncRolloutPool
 from rollpool.schemas import GROUP, Group, Keys, SettingsError
 from rollpool.schemas.connection import connect
+from rollpool.schemas.scripts import Record
 from rollpool.schemas.wire import unpack_group
 from rollpool.worker import RolloutWorker, rq_worker
 
@@ -270,9 +272,10 @@ async def test_the_first_signal_finishes_what_runs_and_the_second_gives_it_back(
     assert "cold stop" in cold.output
     assert await site.states("later") == ["open"]
     assert site.pending() == 0
-    entries: Any = site.rq.xrange(site.keys.jobs("r", "default"))
-    [(_, entry)] = entries
-    assert entry.get(b"attempts", b"0") == b"0"
+    waiting: Any = site.rq.hvals(site.keys.waiting)  # the front of its lane
+    [fields] = (msgpack.unpackb(packed, raw=True) for packed in waiting)
+    record = Record.of(dict(zip(fields[::2], fields[1::2], strict=True)))
+    assert (record.attempts, record.losses) == (0, 0), "a planned move costs nothing"
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,10 @@ async def test_a_key_of_the_pool_of_another_type_stops_nobody(pool: Pool, key: s
 @pytest.mark.parametrize(
     "kind", ["jobs", "ready", "batches", "results", "runs", "parts", "open"], ids=lambda kind: f"{kind} of the run"
 )
-async def test_a_key_of_one_run_of_another_type_stops_no_other(pool: Pool, kind: str, made: str) -> None:
+@pytest.mark.parametrize("deadline_ms", [None, PAST_MS])
+async def test_a_key_of_one_run_of_another_type_stops_no_other(
+    pool: Pool, kind: str, made: str, deadline_ms: int | None
+) -> None:
     await publish(pool.client, pool.keys, Policy(version=9, checkpoint="/9", run=RUN))
     keys = pool.keys
     names = {
@@ -232,7 +235,7 @@ async def test_a_key_of_one_run_of_another_type_stops_no_other(pool: Pool, kind:
         "parts": keys.parts(RUN, "b"),
         "open": keys.open_batches(RUN),
     }
-    await pool.put(3, parts=2 if kind == "parts" else 1, deadline_ms=PAST_MS)
+    await pool.put(3, parts=2 if kind == "parts" else 1, deadline_ms=deadline_ms)
     first, *_ = await pool.take(2)
     await pool.give_back(first, delayed(PAST_MS))
     await pool.server.delete(names[kind])

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
-from delivery import HOUR_MS, RUN, Pool, ended, jobs_of
+from delivery import HOUR_MS, RUN, Pool, ended, heard, jobs_of, next_of
 from redis.exceptions import ResponseError
 
 from rollpool.schemas import OUTCOMES, Group, Outcome
@@ -122,7 +122,9 @@ async def test_a_part_that_fails_ends_those_that_wait_anywhere(pool: Pool) -> No
 
 async def test_hosts_that_run_other_parts_of_a_failed_group_are_told_to_stop(pool: Pool) -> None:
     failed, running = await split(pool, parts=2)
-    await pool.settle(ended(failed, "failed"))
+    async with heard(pool) as channel:
+        await pool.settle(ended(failed, "failed"))
+        assert await next_of(channel) == b"run:b"
     assert pool.renew(running) == {running.id}
     assert await pool.pending() == set()
 

@@ -2,11 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from delivery import HOUR_MS, Pool, ended, jobs_of
+from delivery import HOUR_MS, Pool, ended, heard, jobs_of, next_of
 
 from rollpool.schemas import Policy
 from rollpool.schemas.scripts import (
@@ -43,25 +42,6 @@ async def put_into(pool: Pool, place: Place, *, batch: str = "b", lane: str = "d
     await pool.put(1, batch=batch, lane=lane, parts=parts)
     for entry in await pool.take(parts):
         assert await pool.give_back(entry, place)
-
-
-@asynccontextmanager
-async def heard(pool: Pool) -> AsyncIterator[Any]:
-    """The channel of ended batches, subscribed."""
-    channel: Any = pool.server.pubsub(ignore_subscribe_messages=True)
-    await channel.subscribe(pool.keys.ended)
-    assert await channel.get_message(timeout=10) is None  # the subscription itself
-    try:
-        yield channel
-    finally:
-        await channel.aclose()
-
-
-async def next_of(channel: Any) -> bytes:
-    message = await channel.get_message(timeout=10)
-    assert message is not None
-    data: bytes = message["data"]
-    return data
 
 
 def calls_of(pool: Pool, *commands: str) -> int:
