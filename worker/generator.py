@@ -38,10 +38,6 @@ SICK_AFTER = 4
 _NO_LOGPROBS = np.empty(0, dtype=np.float32)
 
 
-class _ForgottenError(EngineUnavailable):
-    """Not worth another try on the same engine: it would take as long again."""
-
-
 class Outlet(Protocol):
     """Where jobs go when the generator is done with them."""
 
@@ -94,6 +90,9 @@ class Generator:
         self._sample_timeout_s = sample_timeout_s
         self._waiting: deque[tuple[HeldJob, int]] = deque()
         self._tasks: dict[asyncio.Task[None], HeldJob] = {}
+        #: When each of them began, in seconds of the loop; the oldest first.
+        self._begun: dict[asyncio.Task[None], float] = {}
+        self._watch: asyncio.TimerHandle | None = None
         self._jobs: set[HeldJob] = set()
         #: Those of which a sample was begun: what a dying engine takes along.
         self._inside: set[HeldJob] = set()
@@ -189,8 +188,29 @@ class Generator:
             self._inside.add(held)
             task = asyncio.create_task(self._sample(held, index))
             self._tasks[task] = held
+            self._begun[task] = asyncio.get_running_loop().time()
             task.add_done_callback(self._ended)
+        self._keep_watch()
         self._on_change()
+
+    def _keep_watch(self) -> None:
+        """Have the oldest sample looked at when its time is over: one timer, since there are many samples."""
+        if self._watch is None and self._begun:
+            oldest = next(iter(self._begun.values()))
+            loop = asyncio.get_running_loop()
+            self._watch = loop.call_at(oldest + self._sample_timeout_s, self._look_for_forgotten)
+
+    def _look_for_forgotten(self) -> None:
+        """An engine that goes on with others while one never ends has forgotten it; another try would take as long."""
+        self._watch = None
+        over = asyncio.get_running_loop().time() - self._sample_timeout_s
+        for task in [task for task, begun in self._begun.items() if begun <= over]:
+            del self._begun[task]
+            held = self._tasks[task]
+            self._count_lost(held)
+            reason = f"the engine did not end a sample within sample_timeout_s={self._sample_timeout_s:g} s"
+            self._exit(held, self._outlet.lost, reason)
+        self._fill()
 
     def _may_enter(self, held: HeldJob) -> bool:
         if not self._limited or held in self._inside:
@@ -211,6 +231,7 @@ class Generator:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         held = self._tasks.pop(task)
+        self._begun.pop(task, None)
         if task.cancelled():
             self._exit(held, self._outlet.lost, "the engine's client cancelled its call")
         elif (bug := task.exception()) is not None:
@@ -260,26 +281,16 @@ class Generator:
     async def _call(self, held: HeldJob) -> Completion:
         for tries_left in reversed(range(TRIES_PER_SAMPLE)):
             try:
-                return await self._call_once(held)
-            except EngineUnavailable as error:
-                await self._until_it_answers()
-                if not tries_left or isinstance(error, _ForgottenError):
-                    raise
-        raise AssertionError("unreachable: the last try returns or raises")
-
-    async def _call_once(self, held: HeldJob) -> Completion:
-        """One call; an engine that goes on with others while this one never ends has forgotten it."""
-        try:
-            async with asyncio.timeout(self._sample_timeout_s):
                 if held.job.endpoint == "chat":
                     return await self._chat(held)
                 return await self._engine.generate(
                     SampleRequest(rid=new_rid(), input_ids=held.prompt_ids, sampling=held.job.sampling)
                 )
-        except TimeoutError:
-            raise _ForgottenError(
-                f"the engine did not end a sample within sample_timeout_s={self._sample_timeout_s:g} s"
-            ) from None
+            except EngineUnavailable:
+                await self._until_it_answers()
+                if not tries_left:
+                    raise
+        raise AssertionError("unreachable: the last try returns or raises")
 
     async def _until_it_answers(self) -> None:
         """Wait while the engine is out of reach, and begin nothing: if it is dead, that is the host's to notice.

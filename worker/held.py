@@ -47,7 +47,9 @@ class HeldJob:
     def group(self, outcome: Outcome, *, worker: str, now: float, error: str | None = None) -> Group:
         """The group this job settles with; samples only when the outcome is `ok`."""
         job = self.job
-        samples = tuple(sample for _, sample in sorted(self.samples.items())) if outcome == "ok" else ()
+        # They are finished in any order; a group of min_samples has gaps.
+        indexes = range(job.n) if len(self.samples) == job.n else sorted(self.samples)
+        samples = tuple(self.samples[index] for index in indexes) if outcome == "ok" else ()
         # Every part was validated when it was made; validating the whole again would double the cost of a settlement.
         return Group.model_construct(
             run=job.run,

@@ -95,23 +95,25 @@ def triage(entry: Entry, *, worker: str, version: int, now_ms: int, budgets: Bud
         return Bury(f"the entry's fields name another job than its body, {job.run} {job.id}")
     if job.deadline_ms is not None and now_ms > job.deadline_ms:
         return Expire(job)
-    if why := _used_up(entry.record, budgets):
+    record = entry.record
+    if why := _used_up(record, budgets):
         return Fail(job, why)
     if job.may_run_on(version):
-        return Avoid(job) if _in_danger(entry.record, worker) else Run(job)
+        return Avoid(job) if _in_danger(record, worker) else Run(job)
     if version < job.oldest_version:
         return Park(job, job.oldest_version)
     return Passed(job)
 
 
 def _used_up(record: Record, budgets: Budgets) -> str:
-    last = record.history.strip().rpartition("\n")[2]
-    tail = f"; the last time: {last}" if last else ""
     if record.faults >= budgets.faults:
-        return f"{record.faults} engines or workers died while they had this job alone{tail}"
-    if record.attempts >= budgets.attempts:
-        return f"{record.attempts} workers or engines were lost while they had this job{tail}"
-    return ""
+        what = f"{record.faults} engines or workers died while they had this job alone"
+    elif record.attempts >= budgets.attempts:
+        what = f"{record.attempts} workers or engines were lost while they had this job"
+    else:
+        return ""
+    last = record.history.strip().rpartition("\n")[2]
+    return f"{what}; the last time: {last}" if last else what
 
 
 def _in_danger(record: Record, worker: str) -> bool:

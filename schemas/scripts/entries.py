@@ -44,6 +44,8 @@ class Record:
     @classmethod
     def of(cls, fields: dict[bytes, bytes]) -> "Record":
         """Read from the fields of an entry."""
+        if fields.keys().isdisjoint(_CARRIED):  # most jobs are never lost
+            return _FRESH
         return cls(
             attempts=_count(fields.get(b"attempts")),
             faults=_count(fields.get(b"faults")),
@@ -52,6 +54,10 @@ class Record:
             avoid=fields.get(b"avoid", b"").decode(errors="replace"),
             history=fields.get(b"history", b"").decode(errors="replace"),
         )
+
+
+_CARRIED = frozenset(name.encode() for name in Record().fields())
+_FRESH = Record()
 
 
 @dataclass(frozen=True, slots=True)
