@@ -21,7 +21,7 @@ from redis import Redis
 from rich.console import Console
 
 from rollpool.ops.local.hosts import LocalHosts
-from rollpool.ops.local.run import wait_until_served
+from rollpool.ops.local.run import START_S, wait_until_served
 from rollpool.ops.local.server import LocalServer
 from rollpool.ops.sim import make_sim_model, sim_engine
 from rollpool.producer import RolloutPool, SamplingParams
@@ -33,6 +33,9 @@ POOL = "recovery"
 #: Milliseconds of a decode step, and the median length of the short jobs: 2 s each, and every worker has its hands full
 #: all the time. A reclaimed job waits for room like any other, and goes first.
 STEP_MS, MEDIAN_TOKENS = 20.0, 100
+#: The same of the long job's engine: an engine that repeats earlier log-probs, as sglang-jax does, answers tens of
+#: thousands of tokens with a reply of gigabytes, which is another matter.
+LONG_STEP_MS = 1000.0
 #: Seconds between looks at who has what: the resolution of the figures.
 LOOK_S = 0.05
 console = Console(stderr=True)
@@ -118,8 +121,10 @@ def recovery_of_one(client: Redis, keys: Keys, hosts: LocalHosts, victim: str) -
 def run(kills: int, long_s: float, directory: Path) -> dict[str, object]:
     """The whole of it."""
     model = make_sim_model(directory / "model", signature=1)
+    slow = sim_engine(max_running_requests=1, step_ms=LONG_STEP_MS)
     with (
         LocalServer() as server,
+        LocalHosts(server.url, POOL, directory / "logs", slow, {"oversubscription": 1}) as untouched,
         LocalHosts(
             server.url,
             POOL,
@@ -132,16 +137,16 @@ def run(kills: int, long_s: float, directory: Path) -> dict[str, object]:
     ):
         keys = Keys(POOL)
         pool.publish_policy(1, checkpoint=str(model))
-        hosts.start("untouched")
-        wait_until_served(pool, hosts, 1)
-        exactly = SamplingParams(max_new_tokens=int(1000 * long_s / STEP_MS), ignore_eos=True)
+        untouched.start("untouched")
+        wait_until_served(pool, untouched, 1)
+        exactly = SamplingParams(max_new_tokens=int(1000 * long_s / LONG_STEP_MS), ignore_eos=True)
         long_pool.enqueue_prompts([[1, 2, 3]], policy_version=1, sampling=exactly, batch_id="long")
         watched = LongJob(client, keys)
         while not watched.seen:
             watched.look()
         for number in range(3):
             hosts.start(f"worker-{number}")
-        wait_until_served(pool, hosts, 1)
+        pool.wait_for_policy(1, timeout=START_S)
         short = SamplingParams(max_new_tokens=1000)
         pool.enqueue_prompts(
             [[index] for index in range(100, 9100)], policy_version=1, sampling=short, batch_id="short"
@@ -156,8 +161,8 @@ def run(kills: int, long_s: float, directory: Path) -> dict[str, object]:
             time.sleep(1.0)
         took = time.monotonic() - watched.begun_at
         (group,) = long_pool.batches["long"].collect(timeout=10)
-        for name in (worker for worker in list(hosts.workers) if worker != "untouched"):
-            hosts.workers[name].kill()
+        for worker in hosts.workers.values():
+            worker.kill()
     return {
         "kills": kills,
         "jobs": len(seconds),

@@ -5,7 +5,7 @@ socket timeout is longer than its block.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from redis import ConnectionPool, Redis
@@ -128,6 +128,16 @@ def _backoff() -> ExponentialWithJitterBackoff:
 async def runs_of(client: AsyncRedis, keys: Keys) -> list[str]:
     """The names of all runs that ever enqueued to this pool, sorted."""
     members: Any = await client.smembers(keys.runs)
+    return _names(members)
+
+
+def runs_now(client: Redis, keys: Keys) -> list[str]:
+    """The same on a blocking client."""
+    members: Any = client.smembers(keys.runs)
+    return _names(members)
+
+
+def _names(members: Iterable[bytes]) -> list[str]:
     names = (member.decode(errors="replace") for member in members)
     return sorted(name for name in names if re.fullmatch(NAME_PATTERN, name))  # else somebody's own doing
 

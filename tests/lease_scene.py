@@ -97,7 +97,7 @@ class Scene:
         lease_s: float = LEASE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> LeaseKeeper:
-        made = LeaseKeeper(
+        return LeaseKeeper(
             client or self.blocking,
             self.keys,
             me,
@@ -106,8 +106,6 @@ class Scene:
             on_bug=self.bugs.append,
             clock=clock,
         )
-        made.watch(self.streams)
-        return made
 
     def sweeper(
         self, *, me: Incarnation = ME, lease_s: float = LEASE_S, wall_clock: Callable[[], float] = time.time

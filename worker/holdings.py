@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from rollpool.schemas import Keys
-from rollpool.schemas.connection import connect, runs_of
+from rollpool.schemas.connection import connect
 from rollpool.schemas.scripts import PART, READY, Entry, Place, Record, Settled, delayed
 from rollpool.worker.clock import ServerClock
 from rollpool.worker.held import HeldJob
@@ -83,8 +83,6 @@ class Holdings:
     async def start(self) -> None:
         """Return what an ended predecessor of this name on this host had, then keep leases."""
         self._loop = asyncio.get_running_loop()
-        runs = await runs_of(self._client, self._keys)
-        self.know_runs(runs)
         count = await asyncio.to_thread(self._leases.take_over)
         if count:
             log.info("returned %d jobs that this worker held before it was restarted", count)
@@ -114,10 +112,6 @@ class Holdings:
 
     def _has_any_of(self, batch: str) -> bool:
         return any(f"{held.job.run}:{held.job.batch}" == batch for held in self._held.values())
-
-    def know_runs(self, runs: Sequence[str]) -> None:
-        """The runs there are: lost workers' jobs are looked for on all their streams."""
-        self._leases.watch(self._keys.streams(runs))
 
     def hold(self, jobs: Sequence[HeldJob]) -> None:
         """Jobs that were pulled."""

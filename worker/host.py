@@ -313,7 +313,6 @@ class Host:
             settler=self._holdings.settler,
             server_clock=self._server_clock,
             hold=self._holdings.hold,
-            know_runs=self._holdings.know_runs,
             neighbours=self._neighbours,
             paused=lambda: self.paused(),
             on_backlog=self._observe,

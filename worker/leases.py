@@ -61,7 +61,6 @@ class LeaseKeeper(threading.Thread):
         self._on_bug = on_bug
         self._clock = clock
         self._held: dict[tuple[str, str], Entry] = {}
-        self._streams: list[str] = []
         self._lock = threading.Lock()
         self._stopping = False
         self._wake = threading.Event()
@@ -79,11 +78,6 @@ class LeaseKeeper(threading.Thread):
         """Let go of one that was settled, given back or lost."""
         with self._lock:
             self._held.pop((entry.stream, entry.id), None)
-
-    def watch(self, streams: Iterable[str]) -> None:
-        """The jobs streams of the pool, as far as this host knows them."""
-        with self._lock:
-            self._streams = list(streams)
 
     def look_again(self) -> None:
         """Renew now: jobs of this host may have been settled elsewhere."""
@@ -125,7 +119,7 @@ class LeaseKeeper(threading.Thread):
         self._heard_at = now
         self._sweeper.expire()
         if now - self._reachable_since >= self._lease_s and self._sweeper.is_my_turn():
-            self._sweeper.sweep(self._known_streams(), now)
+            self._sweeper.sweep(now)
 
     def stop(self) -> None:
         """End the thread."""
@@ -136,11 +130,7 @@ class LeaseKeeper(threading.Thread):
 
     def take_over(self) -> int:
         """Return at once what ended predecessors of this name and host held; returns how many jobs."""
-        return self._sweeper.take_over(self._known_streams())
-
-    def _known_streams(self) -> list[str]:
-        with self._lock:
-            return list(self._streams)
+        return self._sweeper.take_over()
 
     def _renew(self) -> None:
         by_stream: dict[str, list[Entry]] = defaultdict(list)

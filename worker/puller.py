@@ -57,7 +57,6 @@ class Puller:
         settler: Settler,
         server_clock: ServerClock,
         hold: Callable[[Sequence[HeldJob]], None],
-        know_runs: Callable[[Sequence[str]], None],
         neighbours: Neighbours,
         paused: Callable[[], bool],
         on_backlog: Callable[[], None],
@@ -75,7 +74,6 @@ class Puller:
         self._settler = settler
         self._server_clock = server_clock
         self._hold = hold
-        self._know_runs = know_runs
         self._neighbours = neighbours
         self._paused = paused
         self._on_backlog = on_backlog
@@ -191,7 +189,6 @@ class Puller:
     async def _find_runs(self) -> None:
         self._runs = await runs_of(self._client, self._keys)
         self._runs_at = self._clock()
-        self._know_runs(self._runs)
 
     async def _take(self, entries: Sequence[Entry]) -> None:
         now = self._clock()

@@ -7,11 +7,12 @@ its lane or gets its outcome by a script that may be repeated.
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from redis import Redis
 from redis.exceptions import ResponseError
 
+from rollpool.schemas.connection import runs_now
 from rollpool.schemas.keys import GROUP, Keys
 from rollpool.schemas.scripts import expire, reclaim, sweep
 from rollpool.schemas.scripts.leases import RECLAIM_AT_MOST
@@ -63,9 +64,9 @@ class Sweeper:
         lease_ms = max(1, int(1000 * self._lease_s / SWEEPS_PER_LEASE))
         return bool(self._client.set(self._keys.sweep, self._me.consumer, nx=True, px=lease_ms))
 
-    def sweep(self, streams: Sequence[str], now: float) -> None:
+    def sweep(self, now: float) -> None:
         """Return what was not renewed for a lease, and end what nobody will; `now` in monotonic seconds."""
-        for stream in streams:
+        for stream in self._streams():
             count = self._return_all(stream, idle_ms=int(1000 * self._lease_s), why="its worker's lease ended")
             if count:
                 log.warning("leases: returned %d jobs of lost workers to %s", count, stream)
@@ -80,14 +81,18 @@ class Sweeper:
         if count := expire(self._client, self._keys):
             log.info("%d jobs expired: their deadline was over", count)
 
-    def take_over(self, streams: Sequence[str]) -> int:
+    def take_over(self) -> int:
         """Return at once what ended predecessors of this name and host held; returns how many jobs."""
         return sum(
             self._return_all(stream, idle_ms=0, prefix=consumer, why="its worker ended and was restarted")
-            for stream in streams
+            for stream in self._streams()
             for consumer in self._consumers(stream)
             if self._is_ended_predecessor(consumer)
         )
+
+    def _streams(self) -> list[str]:
+        """Asked anew each time: a host with its hands full pulls nothing, and hears of no new run by itself."""
+        return self._keys.streams(runs_now(self._client, self._keys))
 
     def _consumers(self, stream: str) -> list[str]:
         try:

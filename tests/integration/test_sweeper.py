@@ -153,7 +153,7 @@ async def test_only_what_was_not_renewed_for_a_lease_is_returned_and_says_so(sce
     await scene.take("live:host@1-1", wanted=1)
     scene.age(DEAD, LEASE_MS)
     scene.age("live:host@1-1", LEASE_MS // 2)
-    scene.sweeper(wall_clock=lambda: 1_700_000_000.0).sweep(scene.streams, now=0.0)
+    scene.sweeper(wall_clock=lambda: 1_700_000_000.0).sweep(now=0.0)
     assert scene.holders() == {"live:host@1-1": 1}
     [(name, record)] = scene.records().items()
     assert name == late.job
@@ -168,7 +168,7 @@ async def test_each_loss_adds_a_line_and_the_job_runs_before_the_backlog(scene: 
         [entry] = await scene.take(DEAD, wanted=1)
         assert entry.job == "b/0"
         scene.age(DEAD, LEASE_MS)
-        sweeper.sweep(scene.streams, now=0.0)
+        sweeper.sweep(now=0.0)
         record = scene.records()["b/0"]
         assert (record.losses, record.history.count("\n")) == (losses, losses)
 
@@ -194,7 +194,7 @@ async def test_a_job_that_several_workers_were_lost_with_runs_in_small_company_a
     entries = await scene.take_with(DEAD, *[Record(losses=losses - 1, company=company)] * 20)
     assert len(entries) == 20
     scene.age(DEAD, LEASE_MS)
-    scene.sweeper().sweep(scene.streams, now=0.0)
+    scene.sweeper().sweep(now=0.0)
     records = scene.records().values()
     assert len(records) == 20
     assert {(record.company, record.losses) for record in records} == {(after, losses)}
@@ -204,7 +204,7 @@ async def test_a_job_that_several_workers_were_lost_with_runs_in_small_company_a
 async def test_a_job_that_ran_alone_when_its_worker_was_lost_is_charged_itself(scene: Scene) -> None:
     await scene.take_with(DEAD, Record(losses=2, company=1))
     scene.age(DEAD, LEASE_MS)
-    scene.sweeper().sweep(scene.streams, now=0.0)
+    scene.sweeper().sweep(now=0.0)
     record = scene.records()["b/0"]
     assert (record.attempts, record.faults, record.losses, record.company) == (0, 1, 3, 1)
 
@@ -214,7 +214,7 @@ async def test_a_suspect_that_waits_for_the_others_to_leave_is_not_charged_when_
 ) -> None:
     await scene.take_with(DEAD, *[Record()] * 5, Record(losses=2, company=1))
     scene.age(DEAD, LEASE_MS)
-    scene.sweeper().sweep(scene.streams, now=0.0)
+    scene.sweeper().sweep(now=0.0)
     record = scene.records()["b/5"]
     assert (record.attempts, record.faults, record.losses, record.company) == (0, 0, 3, 1)
 
@@ -223,7 +223,7 @@ async def test_more_than_one_call_returns_is_returned_whole(scene: Scene) -> Non
     await scene.put(2 * RECLAIM_AT_MOST + 3)
     await scene.take(DEAD, wanted=10_000)
     scene.age(DEAD, LEASE_MS)
-    scene.sweeper().sweep(scene.streams, now=0.0)
+    scene.sweeper().sweep(now=0.0)
     assert scene.holders() == {}
     records = scene.records().values()
     assert len(records) == 2 * RECLAIM_AT_MOST + 3
@@ -235,7 +235,7 @@ async def test_a_settled_job_of_a_dead_host_does_not_come_back(scene: Scene) -> 
     await scene.take(DEAD)
     scene.server.hset(scene.keys.batch(RUN, "b"), 0, "ok")
     scene.age(DEAD, LEASE_MS)
-    scene.sweeper().sweep(scene.streams, now=0.0)
+    scene.sweeper().sweep(now=0.0)
     assert (scene.holders(), scene.records()) == ({}, {})
 
 
@@ -265,13 +265,13 @@ async def test_an_ended_predecessors_jobs_are_taken_over_at_once_and_nobody_else
     for consumer in [before.consumer, *others]:
         assert len(await scene.take(consumer, wanted=1)) == 1
     sweeper = scene.sweeper()
-    assert sweeper.take_over(scene.streams) == 0  # it runs
+    assert sweeper.take_over() == 0  # it runs
     process.kill()
     process.wait()
-    assert sweeper.take_over(scene.streams) == 1
+    assert sweeper.take_over() == 1
     assert scene.holders() == dict.fromkeys(others, 1)
     assert "its worker ended and was restarted" in scene.records()["b/0"].history
-    assert sweeper.take_over(scene.streams) == 0
+    assert sweeper.take_over() == 0
 
 
 async def test_a_predecessor_is_taken_over_whole_on_all_streams(scene: Scene) -> None:
@@ -284,11 +284,21 @@ async def test_a_predecessor_is_taken_over_whole_on_all_streams(scene: Scene) ->
     assert scene.holders() == {}
 
 
+async def test_what_was_lost_of_a_run_that_this_host_never_heard_of_is_returned_too(scene: Scene) -> None:
+    sweeper = scene.sweeper()  # of a host whose hands are full: it pulls nothing
+    sweeper.sweep(now=0.0)
+    await scene.put(2)
+    await scene.take(DEAD, wanted=2)
+    scene.age(DEAD, LEASE_MS)
+    sweeper.sweep(now=1.0)
+    assert set(scene.records()) == {"b/0", "b/1"}
+
+
 async def test_streams_without_a_group_have_no_predecessors(scene: Scene) -> None:
     scene.server.xadd(scene.keys.jobs(RUN, "high"), {"x": "y"})
     sweeper = scene.sweeper()
-    assert sweeper.take_over([*scene.streams, "rollpool:{test}:nothing"]) == 0
-    sweeper.sweep(scene.streams, now=0.0)
+    assert sweeper.take_over() == 0
+    sweeper.sweep(now=0.0)
 
 
 # What nobody will come back to
@@ -342,10 +352,10 @@ async def test_an_exact_job_is_stale_once_no_host_serves_its_version(scene: Scen
     beat(scene, "old", policy="3")
     beat(scene, "starting", policy="")
     sweeper = scene.sweeper()
-    sweeper.sweep(scene.streams, now=0.0)
+    sweeper.sweep(now=0.0)
     assert scene.state() == "open"
     beat(scene, "old", policy="5")
-    sweeper.sweep(scene.streams, now=0.1)  # soon, since a job waits so
+    sweeper.sweep(now=0.1)  # soon, since a job waits so
     assert scene.state() == "stale"
     assert (scene.server.zcard(scene.keys.exact), scene.records()) == (0, {})
 
@@ -354,7 +364,7 @@ async def test_an_exact_job_is_stale_once_no_host_serves_its_version(scene: Scen
 async def test_an_exact_job_waits_for_what_is_current_or_still_to_come(scene: Scene, version: int) -> None:
     await wait_exactly(scene, version)
     scene.server.set(scene.keys.policy, 5)
-    scene.sweeper().sweep(scene.streams, now=0.0)
+    scene.sweeper().sweep(now=0.0)
     assert scene.state() == "open"
 
 
@@ -365,7 +375,7 @@ async def test_heartbeats_that_somebody_made_up_stop_nobody(scene: Scene) -> Non
         beat(scene, f"w{len(made_up)}", policy=made_up)
     scene.server.hset(scene.keys.worker("empty"), "other", "x")
     scene.server.set(scene.keys.worker("wrong"), "a string")
-    scene.sweeper().sweep(scene.streams, now=0.0)
+    scene.sweeper().sweep(now=0.0)
     assert scene.state() == "stale"
 
 
@@ -397,7 +407,7 @@ async def test_a_run_that_ended_is_forgotten_after_a_while(scene: Scene) -> None
 
     def sweep_after(seconds: float) -> bool:
         scene.server.hset(scene.keys.run(RUN), "touched_ms", long_ago)
-        sweeper.sweep(scene.streams, now=seconds)
+        sweeper.sweep(now=seconds)
         return is_forgotten()
 
     assert not sweep_after(0.0)  # a job is open
@@ -416,5 +426,5 @@ async def test_a_run_that_paused_for_less_is_not_forgotten(scene: Scene) -> None
     await scene.put(1)
     scene.server.hset(scene.keys.run(RUN), mapping={"open": 0, "touched_ms": await server_ms(scene)})
     scene.server.delete(scene.keys.open_batches(RUN), *scene.streams)
-    scene.sweeper().sweep(scene.streams, now=0.0)
+    scene.sweeper().sweep(now=0.0)
     assert not forgotten(scene)()
