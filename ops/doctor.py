@@ -9,7 +9,7 @@ and nothing is changed. Results are only added until their batch is committed; t
 What it costs: the server does nothing else while the script runs. Measured for 100,000 jobs of 2 KB, on Redis 7.0 and
 Valkey 9, on a machine of two cores busy with other work: 0.9 to 1.4 s when all are in the backlog (some 0.6 s of it to
 read their entries), 0.5 to 1 s when all wait off their lanes, up to 2 s when all are in flight, and 0.7 s or more for
-each million other keys of the same database. A lease of 10 s outlasts that. The look at the results is many calls,
+each million other keys of the same database. A lease of 8 s outlasts that. The look at the results is many calls,
 each of a page.
 """
 

@@ -11,6 +11,7 @@ import pytest
 from real_pool import WORKERS, RealEngine, RealPool, start_real_pool
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
+from stage import Stage, staged
 
 from rollpool.ops.local.server import LocalServer, find_servers
 from rollpool.schemas import Keys
@@ -59,6 +60,13 @@ async def redis_client(redis_url: str) -> AsyncIterator[AsyncRedis]:
     client = connect_async(redis_url)
     yield client
     await client.aclose()
+
+
+@pytest.fixture
+async def stage(redis_url: str) -> AsyncIterator[Stage]:
+    """A pool with a trainer, to which a test adds hosts in its own process."""
+    async with staged(redis_url) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -369,7 +369,7 @@ def ended(
         sampling=job.sampling,
         worker=worker,
     )
-    return Settlement(entry, group, dead, job.part, job.parts)
+    return Settlement(entry, group, dead, job.part)
 
 
 def jobs_of(entries: Iterable[Entry]) -> list[str]:

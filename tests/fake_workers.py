@@ -47,7 +47,7 @@ async def work(
     pulled = await pull(client, keys, runs=[run], consumer="w:1", wanted=most, version=0, unread_bound=unread_bound)
     jobs = [(entry, unpack_job(entry.body)) for entry in pulled.entries]
     if jobs:
-        settlements = [Settlement(entry, result(job), part=job.part, parts=job.parts) for entry, job in jobs]
+        settlements = [Settlement(entry, result(job), part=job.part) for entry, job in jobs]
         await settle(client, keys, settlements)
     return len(jobs)
 

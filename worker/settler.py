@@ -81,7 +81,7 @@ class Settler:
     def settle(self, held: HeldJob, group: Group, *, dead: str = "") -> None:
         """Settle a job; `dead` says why it is a dead letter as well."""
         held.left = True
-        self._settlements.append(Settlement(held.entry, group, dead, held.job.part, held.job.parts))
+        self._settlements.append(Settlement(held.entry, group, dead, held.job.part))
         self._added()
 
     def settle_entry(self, entry: Entry, group: Group, *, dead: str) -> None:

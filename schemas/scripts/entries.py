@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Fields of an entry. All but the body are for people.
-JOB, POLICY, N, RUN, LANE, PREVIEW, BODY = (b"job", b"policy", b"n", b"run", b"lane", b"preview", b"body")
+#: Fields of an entry that are read here; the others (`policy`, `n`, `preview`) are for people and for the scripts.
+JOB, RUN, BODY = b"job", b"run", b"body"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,6 @@ class Settlement:
     dead: str = ""
     part: int = 0
     #: As its job says; the server goes by what was enqueued.
-    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)

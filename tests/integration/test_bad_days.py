@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,6 @@ pytestmark = pytest.mark.both_servers
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     make_quick(monkeypatch)
     monkeypatch.setattr(settler, "RETRY_S", 0.05)
-
-
-@pytest.fixture
-async def stage(redis_url: str) -> AsyncIterator[Stage]:
-    async with staged(redis_url) as made:
-        yield made
 
 
 async def results_of(stage: Stage, batch: str) -> Counter[int]:

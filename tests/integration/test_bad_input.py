@@ -1,7 +1,7 @@
 """What anybody may add to a pool's keys by hand is dead-lettered with a reason or discarded, and the work goes on."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -22,12 +22,6 @@ LARGE_BYTES = 100 << 20
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     make_quick(monkeypatch)
-
-
-@pytest.fixture
-async def stage(redis_url: str) -> AsyncIterator[Stage]:
-    async with staged(redis_url) as made:
-        yield made
 
 
 GOOD = pack_model(job(run=RUN, batch="b"))

@@ -50,7 +50,7 @@ async def bury(
             **{"prompt_ids": np.empty(0, np.int32), "sampling": SamplingParams(), "worker": "vm-1", "error": error},
         }
     )
-    await settle(client, keys, [Settlement(pulled.entries[0], group, error, made.part, made.parts)])
+    await settle(client, keys, [Settlement(pulled.entries[0], group, error, made.part)])
 
 
 def add(client: Redis, keys: Keys, fields: Any) -> str:

@@ -104,7 +104,7 @@ def settlement(entry: Entry, outcome: str) -> Settlement:
             "samples": (sample,) if outcome == "ok" else (),
         }
     )
-    return Settlement(entry, group, "died" if outcome == "failed" else "", job.part, job.parts)
+    return Settlement(entry, group, "died" if outcome == "failed" else "", job.part)
 
 
 @pytest.fixture

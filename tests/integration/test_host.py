@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import importlib
 from collections import Counter
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,6 @@ from rollpool.worker.policy import follow
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     make_quick(monkeypatch)
-
-
-@pytest.fixture
-async def stage(redis_url: str) -> AsyncIterator[Stage]:
-    async with staged(redis_url) as made:
-        yield made
 
 
 # Settling

@@ -185,7 +185,7 @@ async def test_a_whole_group_given_up_as_no_job_ends_all_its_parts(pool: Pool) -
 
 async def test_a_part_that_was_never_enqueued_is_gone(pool: Pool) -> None:
     first, second = await split(pool, parts=2)
-    made_up = Settlement(first, ended(first).group, part=2, parts=10**9)
+    made_up = Settlement(first, ended(first).group, part=2)
     assert await pool.settle(made_up) == [Settled(False, "gone")]
     assert await pool.settle(ended(first), ended(second)) == [WAITING, NOW]
     await pool.check("b", parts=2)

@@ -267,7 +267,7 @@ async def test_a_part_is_settled_as_the_part_it_is(bench: Bench) -> None:
         bench.settler.settle(held, finished(held))
     await bench.settler.flushed()
     [call] = bench.server.calls
-    assert [(each.part, each.parts, each.entry.job) for each in call] == [(0, 1, "b/0"), (2, 3, "b/1#2")]
+    assert [(each.part, each.entry.job) for each in call] == [(0, "b/0"), (2, "b/1#2")]
 
 
 async def test_an_entry_that_is_no_job_is_settled_with_the_reason(bench: Bench) -> None:
