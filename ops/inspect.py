@@ -54,6 +54,7 @@ class PoolStatus:
 
     pool: str
     policy: int | None
+    #: Workers that are changing their policy, by name.
     changing: str | None
     #: Entries that wait: for a time, for a policy or a newer one, for one policy alone.
     delayed: int
@@ -76,9 +77,8 @@ def read_status(client: Redis, keys: Keys) -> PoolStatus:
     streams = [(run, lane) for run in runs for lane in LANES]
     with client.pipeline(transaction=True) as pipe:
         pipe.get(keys.policy)
-        pipe.get(keys.rollout)
-        for place in (keys.delayed, keys.parked, keys.exact):
-            pipe.zcard(place)
+        pipe.zrange(keys.rollout, 0, -1, withscores=True)
+        pipe.zcard(keys.delayed)
         pipe.xlen(keys.dead)
         pipe.eval(_RETRIES, 1, keys.retries)
         for run in runs:
@@ -87,16 +87,21 @@ def read_status(client: Redis, keys: Keys) -> PoolStatus:
             pipe.xlen(keys.jobs(run, lane))
             pipe.eval(_PENDING, 1, keys.jobs(run, lane), GROUP)
             pipe.llen(keys.ready(run, lane))
-        policy, changing, delayed, parked, exact, dead, retried, *rest = pipe.execute()
+        for run in runs:
+            pipe.zcard(keys.parked(run))
+            pipe.zcard(keys.exact(run))
+        policy, slots, delayed, dead, retried, *rest = pipe.execute()
+    workers = read_workers(client, keys)
     again = Counter((run.decode(errors="replace"), lane.decode(errors="replace")) for run, lane in retried)
-    counts = rest[len(runs) :]
+    counts = rest[len(runs) : len(runs) + 3 * len(streams)]
+    waiting = rest[len(runs) + len(counts) :]
     return PoolStatus(
         pool=keys.pool,
         policy=int(policy) if policy else None,
-        changing=changing.decode() if changing else None,
+        changing=_changing(slots, workers),
         delayed=delayed,
-        parked=parked,
-        exact=exact,
+        parked=sum(waiting[::2]),
+        exact=sum(waiting[1::2]),
         dead=dead,
         lanes=[
             LaneStatus(
@@ -106,8 +111,14 @@ def read_status(client: Redis, keys: Keys) -> PoolStatus:
             if length or ready or again[run, lane]
         ],
         runs=[_run_status(run, counters) for run, counters in zip(runs, rest, strict=False)],
-        workers=read_workers(client, keys),
+        workers=workers,
     )
+
+
+def _changing(slots: list[tuple[bytes, float]], workers: list[WorkerStatus]) -> str | None:
+    """Who has a slot of a roll-out whose lease is not over, by the server's time in the newest heartbeat."""
+    now_ms = max((worker.seen_ms for worker in workers), default=0)
+    return ", ".join(sorted(name.decode(errors="replace") for name, end in slots if end > now_ms)) or None
 
 
 #: XPENDING fails on a stream that nobody enqueued to yet, and a failure would end the transaction.

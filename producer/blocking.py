@@ -7,7 +7,7 @@ that a Ctrl-C loses none.
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
@@ -122,9 +122,16 @@ class RolloutPool:
         backlog_limit: int = BACKLOG_LIMIT,
         weight: float | None = None,
         staleness_rule: StalenessRule | None = None,
+        model_roots: Sequence[str] | None = None,
     ) -> None:
         self._pool = AsyncRolloutPool(
-            url, pool=pool, run=run, backlog_limit=backlog_limit, weight=weight, staleness_rule=staleness_rule
+            url,
+            pool=pool,
+            run=run,
+            backlog_limit=backlog_limit,
+            weight=weight,
+            staleness_rule=staleness_rule,
+            model_roots=model_roots,
         )
         self._portal = Portal()
         # Also at the end of the interpreter: open sockets would be warned of.
@@ -145,6 +152,7 @@ class RolloutPool:
     enqueue_prompts = _blocking_batch(AsyncRolloutPool.enqueue_prompts)
     cancel = _blocking(AsyncRolloutPool.cancel)
     publish_policy = _blocking(AsyncRolloutPool.publish_policy)
+    rollback_policy = _blocking(AsyncRolloutPool.rollback_policy)
     current_policy = _blocking(AsyncRolloutPool.current_policy)
     wait_for_policy = _blocking(AsyncRolloutPool.wait_for_policy)
 
@@ -169,6 +177,7 @@ class RolloutPool:
         backlog_limit: int = BACKLOG_LIMIT,
         weight: float | None = None,
         staleness_rule: StalenessRule | None = None,
+        model_roots: Sequence[str] | None = None,
     ) -> Self:
         """Go on where a `state_dict` was saved: commit what it calls complete, and attach the rest.
 
@@ -176,7 +185,13 @@ class RolloutPool:
         """
         saved = State.of(state)
         resumed = cls(
-            url, pool=pool, run=saved.run, backlog_limit=backlog_limit, weight=weight, staleness_rule=staleness_rule
+            url,
+            pool=pool,
+            run=saved.run,
+            backlog_limit=backlog_limit,
+            weight=weight,
+            staleness_rule=staleness_rule,
+            model_roots=model_roots,
         )
         try:
             resumed._portal.run(resumed._pool.restore(saved))

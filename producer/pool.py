@@ -9,18 +9,22 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from rollpool.producer import publish
 from rollpool.producer.admission import Limits
 from rollpool.producer.batch import AsyncBatch, hand_out_async
 from rollpool.producer.cancel import cancel_run
 from rollpool.producer.enqueue import Draft, PromptInput, draft
 from rollpool.producer.feed import Feed
 from rollpool.producer.inbox import Inbox
+from rollpool.producer.lineages import current_policy
 from rollpool.producer.progress import progress_bar
+from rollpool.producer.publish import Publisher, roots_of
 from rollpool.producer.resume import State, attach, consumed_of, state_of
+from rollpool.producer.rollback import roll_back
 from rollpool.producer.server import Server
 from rollpool.producer.submit import Order, Submitter
+from rollpool.producer.waiting import wait_for_policy
 from rollpool.schemas import wire
+from rollpool.schemas.commands import ChangeMode, ChangeWay
 from rollpool.schemas.jobs import Endpoint, Lane, SamplingParams
 from rollpool.schemas.policies import Policy
 from rollpool.schemas.results import Group
@@ -50,6 +54,7 @@ class AsyncRolloutPool:
         backlog_limit: int = BACKLOG_LIMIT,
         weight: float | None = None,
         staleness_rule: StalenessRule | None = None,
+        model_roots: Sequence[str] | None = None,
     ) -> None:
         """Name the pool.
 
@@ -64,14 +69,17 @@ class AsyncRolloutPool:
                 as for one of weight 1. Set at the next enqueueing; None leaves it as it is, 1 at first.
             staleness_rule: Holds enqueueing back so that nothing is too old when it is trained on; None: no rule. It
                 counts published policies, so versions must rise by one a training step.
+            model_roots: Directories and URLs that published sources must be under; by default $ROLLPOOL_MODEL_ROOTS, a
+                JSON list, then none: any source. The hosts have their own.
 
         Raises:
-            SettingsError: A name, the URL, a limit or the weight cannot be.
+            SettingsError: A name, the URL, a limit, the weight or a root cannot be.
             SchemaMismatch: The msgpack module is not msgpack.
         """
         wire.check_msgpack()
         self._server = Server(url, pool, run)
         self._submitter = Submitter(self._server, Limits(backlog_limit, staleness_rule), weight)
+        self._publisher = Publisher(self._server, roots_of(model_roots))
         self._batches: dict[str, AsyncBatch] = {}
         self._committed: dict[str, str] = {}
         self._resumed: State | None = None
@@ -230,38 +238,103 @@ class AsyncRolloutPool:
                 batch.was_cancelled()
         return await cancel_run(self._server, policy_version)
 
-    async def publish_policy(self, version: int, *, checkpoint: str) -> Policy:
-        """Make a checkpoint the current policy: the hosts begin to move to it. May be repeated.
+    async def publish_policy(
+        self,
+        version: int,
+        *,
+        checkpoint: str | None = None,
+        lora_path: str | None = None,
+        base: str | None = None,
+        mode: ChangeMode | None = None,
+        way: ChangeWay = "auto",
+        min_serving: int | None = None,
+        check: bool = True,
+    ) -> Policy:
+        """Make weights the current policy: the hosts begin to move to it. May be repeated.
+
+        Checkpoints are one sequence of versions for the pool, and one run publishes them at a time: for 15 minutes
+        after each no other run may. Adapters are a sequence for each run, beside the others.
 
         Args:
-            version: Higher than every version published before in this pool.
-            checkpoint: Directory in Hugging Face layout, as the hosts see it.
+            version: Higher than every version published before in its sequence, and an adapter's higher than that of
+                its checkpoint.
+            checkpoint: Directory in Hugging Face layout, or a URL such as `gs://…`, as the hosts see it; or a name on
+                the hub. One of checkpoint and lora_path.
+            lora_path: Directory or URL of an adapter in peft's layout.
+            base: The checkpoint that the adapter was trained on; None: the current one.
+            mode: What becomes of work in flight: `drain`, `requeue` or `resume`; None: as each host is set.
+            way: `restart` to have engines restarted also where they could change without.
+            min_serving: Hosts that go on serving while others change; None: three quarters of those there are.
+            check: Look at the source from here first, and read it whole for the digests by which hosts know their copy:
+                seconds to a minute for large weights. False for a path that only the hosts see.
+
+        Returns:
+            The policy as it is recorded, with its files.
 
         Raises:
-            PolicyRejected: The version names another source already, or does not rise.
+            PolicyRejected: The version names another source already, does not rise, or the source belongs to another
+                version; the source is not whole, or outside the roots; the base is not the current checkpoint; another
+                run publishes checkpoints; or the sequence went back to an earlier version since this object published.
             NotPermitted: The server's access list refuses this user.
         """
-        return await publish.publish_policy(self._server, version, checkpoint)
+        return await self._publisher.publish(
+            version,
+            checkpoint=checkpoint,
+            lora_path=lora_path,
+            base=base,
+            mode=mode,
+            way=way,
+            min_serving=min_serving,
+            check=check,
+        )
+
+    async def rollback_policy(self, version: int | None = None) -> Policy:
+        """Go back to an earlier policy: of the run's adapters if it published any, else of the checkpoints.
+
+        Those after it are abandoned: what was asked of them and is still open settles `stale`, and their numbers may be
+        published anew. May be repeated: going back to the current version only finishes what was left to do.
+
+        Args:
+            version: One published before and not abandoned; None: the one before the current.
+
+        Returns:
+            The policy, in its new generation.
+
+        Raises:
+            PolicyUnknown: There is no such version, or it was abandoned.
+            PolicyRejected: Another run publishes checkpoints; there is no version before the current; the adapter is
+                for another checkpoint than the current; or another trainer of the run went back before.
+            NotPermitted: The server's access list refuses this user.
+        """
+        return await roll_back(self._publisher, version)
 
     async def current_policy(self) -> Policy | None:
-        """The policy published last; None before the first."""
-        return await publish.current_policy(self._server)
+        """What the hosts are to serve to this run: its newest adapter, else the newest checkpoint; None before any."""
+        return await current_policy(self._server)
 
-    async def wait_for_policy(self, version: int, *, fraction: float = 1.0, timeout: float | None = None) -> None:
-        """Wait until enough of the live workers serve `version` or a newer one.
+    async def wait_for_policy(
+        self,
+        version: int,
+        *,
+        fraction: float | None = None,
+        workers: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Wait until enough of the live workers serve `version`, or a newer one, to this run.
 
         Args:
             version: A published version.
             fraction: Part of the workers that have a heartbeat and are not stopping, more than 0 and at most 1; at
-                least one worker in any case.
+                least one worker in any case. All of them where workers is None too.
+            workers: So many of them, at least 1.
             timeout: Seconds; None: for ever.
 
         Raises:
-            PolicyUnknown: Nobody published the version.
+            PolicyUnknown: Nobody published the version, or its lineage went back from it.
             PolicyRejected: A worker failed to apply it; the message carries the worker's error.
             PoolTimeout: Too few in time; the message names those who are not there yet.
         """
-        await publish.wait_for_policy(self._server, version, fraction, timeout)
+        await wait_for_policy(self._server, version, fraction=fraction, workers=workers, timeout=timeout)
 
     def state_dict(self) -> dict[str, Any]:
         """What was handed out of the batches that are not committed: plain data for the trainer's checkpoint.
@@ -282,6 +355,7 @@ class AsyncRolloutPool:
         backlog_limit: int = BACKLOG_LIMIT,
         weight: float | None = None,
         staleness_rule: StalenessRule | None = None,
+        model_roots: Sequence[str] | None = None,
     ) -> Self:
         """Go on where a `state_dict` was saved: commit what it calls complete, and attach the rest.
 
@@ -296,13 +370,20 @@ class AsyncRolloutPool:
             backlog_limit: Open jobs at most.
             weight: Share of the run.
             staleness_rule: The rule, which goes on counting where it was.
+            model_roots: As for the constructor.
 
         Raises:
             SchemaMismatch: The state is of another version of rollpool, or not a state.
         """
         saved = State.of(state)
         resumed = cls(
-            url, pool=pool, run=saved.run, backlog_limit=backlog_limit, weight=weight, staleness_rule=staleness_rule
+            url,
+            pool=pool,
+            run=saved.run,
+            backlog_limit=backlog_limit,
+            weight=weight,
+            staleness_rule=staleness_rule,
+            model_roots=model_roots,
         )
         try:
             await resumed.restore(saved)

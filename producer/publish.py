@@ -1,165 +1,205 @@
-"""Publishing policies, and waiting until the hosts serve them.
+"""Publishing policies.
 
-Invariant: a version names one source for ever, so publishing may be repeated; a wait ends as soon as its end is
-certain: enough workers serve, one of them failed to load the policy, or the time is over.
+Invariant: within a generation of its lineage a version names one source for ever, so publishing may be repeated; no
+host is told of a source that was not looked at, unless the caller said so; and a trainer that does not know that its
+lineage went back publishes nothing more.
 """
 
 import asyncio
-import time
+import json
+import os
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from rollpool.producer.abandoned import settle_abandoned
+from rollpool.producer.lineages import Lineage, named, read_lineage, read_record, recorded
 from rollpool.producer.server import Server
+from rollpool.producer.waiting import live_workers as live_workers
 from rollpool.schemas import scripts
-from rollpool.schemas.commands import Ack
-from rollpool.schemas.errors import PolicyRejected, PolicyUnknown, PoolTimeout
-from rollpool.schemas.policies import Policy
-from rollpool.schemas.status import WorkerStatus
+from rollpool.schemas.commands import ChangeMode, ChangeWay, Command
+from rollpool.schemas.errors import PolicyRejected, RollpoolError, SettingsError
+from rollpool.schemas.policies import Policy, SourceFile
+from rollpool.schemas.scripts import Answered
+from rollpool.schemas.sources import Kind, check_roots, inventory, is_remote
 from rollpool.schemas.wire import first_error
 
-#: Seconds between two looks at the heartbeats: a worker writes one every few seconds, and at each change of state.
-POLL_S = 0.25
+#: Seconds for which a run that published a checkpoint is the only one that may publish others: longer than a training
+#: step, so that it keeps its turn from one to the next, and short enough that a run that died is succeeded soon.
+PUBLISH_LEASE_S = 900
 
-#: Entries of `acks` read at once, and keys looked at by one step of a scan.
-_PAGE = 1000
-
-#: 0.28 of 25 workers are 7, and not the 7.000000000000001 that floats make of it.
-_ROUNDING = 1e-9
-
-
-async def publish_policy(server: Server, version: int, checkpoint: str) -> Policy:
-    """Publish a policy of this server's run; see `AsyncRolloutPool.publish_policy`."""
-    try:
-        policy = Policy(version=version, checkpoint=checkpoint, run=server.run)
-    except ValidationError as error:
-        raise PolicyRejected(f"policy {version!r} from {checkpoint!r}: {first_error(error)}") from None
-    with server.doing(f"publish_policy({version})"):
-        answer, current = await scripts.publish(server.client, server.keys, policy)
-    if answer == "other":
-        known = await get_policy(server, version)
-        raise PolicyRejected(
-            f"policy {version} already names {known.checkpoint if known else 'another source'!r}, so it cannot name "
-            f"{checkpoint!r}; publish under a new version"
-        )
-    if answer == "taken":
-        raise PolicyRejected(
-            f"checkpoint {checkpoint!r} is that of policy {current} already: give each version a path of its own, that "
-            "is never written to again, since a result can name only the version, not what lay there at the time"
-        )
-    if answer == "old":
-        raise PolicyRejected(
-            f"policy {version} is older than the current policy {current}; versions rise: publish {current + 1} or "
-            "later"
-        )
-    return policy
+#: Times that a lineage may change between a look at it and the call before we give up: each time somebody else
+#: published.
+_TRIES = 20
 
 
-async def get_policy(server: Server, version: int) -> Policy | None:
-    """The policy published under `version`, if any."""
-    with server.doing(f"reading policy {version}"):
-        record = await server.client.hget(server.keys.policies, str(version))
-    return None if record is None else Policy.model_validate_json(record)
+class Publisher:
+    """Publishes policies of one run.
 
-
-async def current_policy(server: Server) -> Policy | None:
-    """The policy published last, if any."""
-    with server.doing("current_policy"):
-        version = await server.client.get(server.keys.policy)
-    return None if version is None else await get_policy(server, int(version))
-
-
-async def wait_for_policy(server: Server, version: int, fraction: float, timeout: float | None) -> None:
-    """Wait for the hosts; see `AsyncRolloutPool.wait_for_policy`."""
-    if not 0.0 < fraction <= 1.0:
-        raise PolicyRejected(f"fraction: expected more than 0 and at most 1, got {fraction!r}")
-    if await get_policy(server, version) is None:
-        raise PolicyUnknown(f"policy {version} was never published in pool {server.keys.pool!r}; publish_policy first")
-    deadline = None if timeout is None else time.monotonic() + timeout
-    acks = _Acks(server, version)
-    seen = set[str]()
-    while True:
-        workers = await live_workers(server)
-        seen.update(worker.name for worker in workers)
-        serving = [worker for worker in workers if _serves(worker, version)]
-        if serving and len(serving) >= fraction * len(workers) - _ROUNDING:
-            return
-        _raise_on_failure(await acks.latest(), seen, workers, version)
-        if deadline is not None and time.monotonic() >= deadline:
-            raise PoolTimeout(_who_is_missing(workers, version, fraction, timeout))
-        await asyncio.sleep(POLL_S if deadline is None else max(0.0, min(POLL_S, deadline - time.monotonic())))
-
-
-def _serves(worker: WorkerStatus, version: int) -> bool:
-    return worker.state == "serving" and worker.policy is not None and worker.policy >= version
-
-
-def _raise_on_failure(latest: dict[str, Ack], seen: set[str], workers: Sequence[WorkerStatus], version: int) -> None:
-    """A failure counts of a worker that was alive during this wait: one long gone says nothing of the others.
-
-    Nor does one that can serve nothing at all, unless none can.
+    Args:
+        server: of the pool.
+        roots: that sources must be under; empty: any.
     """
-    broken = {worker.name for worker in workers if worker.state == "broken"}
-    for name, ack in sorted(latest.items()):
-        if ack.state == "failed" and name in seen and (name not in broken or len(broken) == len(workers)):
+
+    def __init__(self, server: Server, roots: Sequence[str]) -> None:
+        self._server = server
+        self._roots = tuple(roots)
+        #: The generation of each lineage that this object published to.
+        self._known: dict[str, int] = {}
+
+    async def publish(
+        self,
+        version: int,
+        *,
+        checkpoint: str | None,
+        lora_path: str | None,
+        base: str | None,
+        mode: ChangeMode | None,
+        way: ChangeWay,
+        min_serving: int | None,
+        check: bool,
+    ) -> Policy:
+        """See `AsyncRolloutPool.publish_policy`."""
+        asked = _policy(version, self._server.run, checkpoint, lora_path, base)
+        command = _command(asked, mode, way, min_serving)
+        asked = await asyncio.to_thread(self._placed, asked, check)
+        published = await recorded(self._server, asked.lineage, version)
+        if check and (published is None or published.source != asked.source):
+            asked = asked.model_copy(update={"files": await asyncio.to_thread(self._files_of, asked)})
+        policy, lineage = await self._sent(command, asked)
+        self._known[lineage.name] = lineage.generation
+        await settle_abandoned(self._server, lineage.name, lineage.pending)
+        return policy
+
+    def _placed(self, policy: Policy, check: bool) -> Policy:
+        """Its sources are under the roots; a directory here is named so that it is the same one everywhere."""
+        check_roots(policy.source, self._roots)
+        if policy.base is not None:
+            check_roots(policy.base, self._roots)
+        if not check or is_remote(policy.source) or not Path(policy.source).is_dir():
+            return policy
+        field = "checkpoint" if policy.lora_path is None else "lora_path"
+        return policy.model_copy(update={field: os.path.abspath(policy.source)})  # noqa: PTH100 - links stay
+
+    def _files_of(self, policy: Policy) -> tuple[SourceFile, ...]:
+        kind: Kind = "checkpoint" if policy.lora_path is None else "adapter"
+        return inventory(policy.source, kind, digests=True, roots=self._roots)
+
+    async def _sent(self, command: Command, asked: Policy) -> tuple[Policy, Lineage]:
+        for _ in range(_TRIES):
+            lineage = await read_lineage(self._server, asked.lineage)
+            self.check_known(lineage)
+            policy = _completed(asked, lineage)
+            with self._server.doing(f"publish_policy({asked.version})"):
+                answer = await scripts.publish(
+                    self._server.client,
+                    self._server.keys,
+                    command.model_copy(update={"policy": policy}),
+                    lease_ms=PUBLISH_LEASE_S * 1000,
+                    base_asked=asked.base is not None,
+                )
+            if answer.answer in ("new", "same"):
+                return read_record(answer.text) or policy, lineage
+            if answer.answer == "moved" or (answer.answer == "rebased" and asked.base is None):
+                continue
+            refuse(self._server, answer, policy)
+        raise RollpoolError(
+            f"publish_policy({asked.version}): others publish to pool {self._server.keys.pool!r} all along; repeat it"
+        )
+
+    def check_known(self, lineage: Lineage) -> None:
+        """Refuse a lineage that went back since this object published to it."""
+        known = self._known.get(lineage.name, lineage.generation)
+        if known < lineage.generation:
             raise PolicyRejected(
-                f"policy {version} could not be applied by worker {name}: {ack.error or 'no error given'}. Mend the "
-                "checkpoint and publish it as a new version, or mend the host; a host that served before still does"
+                f"{named(lineage.name)} went back to policy {lineage.current} since this trainer published (generation "
+                f"{lineage.generation}, known here {known}): load that policy and call "
+                f"rollback_policy({lineage.current}) to go on from it, or end this trainer if another took its place"
             )
 
+    def learn(self, lineage: str, generation: int) -> None:
+        """This object went back itself, or was told that the lineage did."""
+        self._known[lineage] = generation
 
-def _who_is_missing(workers: Sequence[WorkerStatus], version: int, fraction: float, timeout: float | None) -> str:
-    head = f"policy {version} is not served by {fraction:.0%} of the workers after {timeout:g} s"
-    if not workers:
-        return f"{head}: there is no live worker; start `rq worker` on a host"
-    missing = [worker for worker in workers if not _serves(worker, version)]
-    names = ", ".join(
-        f"{worker.name} ({worker.state}, policy {'none' if worker.policy is None else worker.policy})"
-        for worker in sorted(missing, key=lambda worker: worker.name)
+    @property
+    def server(self) -> Server:
+        """Where it publishes."""
+        return self._server
+
+
+def roots_of(given: Sequence[str] | None) -> tuple[str, ...]:
+    """The allowed roots of sources: as given, or from $ROLLPOOL_MODEL_ROOTS, a JSON list; none: everything is allowed.
+
+    Raises:
+        SettingsError: they are no list of strings.
+    """
+    roots: Any = given
+    if roots is None:
+        try:
+            roots = json.loads(os.environ.get("ROLLPOOL_MODEL_ROOTS") or "[]")
+        except ValueError:
+            roots = os.environ["ROLLPOOL_MODEL_ROOTS"]
+    if isinstance(roots, str) or not all(isinstance(root, str) and root for root in roots):
+        raise SettingsError(
+            f"model_roots (ROLLPOOL_MODEL_ROOTS): expected a list of directories and URLs, as "
+            f'["/models", "gs://bucket/models"], got {roots!r}'
+        )
+    return tuple(roots)
+
+
+def _policy(version: int, run: str, checkpoint: str | None, lora_path: str | None, base: str | None) -> Policy:
+    try:
+        return Policy(version=version, checkpoint=checkpoint, lora_path=lora_path, base=base, run=run)
+    except ValidationError as error:
+        source = checkpoint if lora_path is None else lora_path
+        raise PolicyRejected(f"policy {version!r} from {source!r}: {first_error(error)}") from None
+
+
+def _command(policy: Policy, mode: ChangeMode | None, way: ChangeWay, min_serving: int | None) -> Command:
+    try:
+        return Command(policy=policy, mode=mode, way=way, min_serving=min_serving)
+    except ValidationError as error:
+        raise PolicyRejected(f"policy {policy.version}: {first_error(error)}") from None
+
+
+def _completed(asked: Policy, lineage: Lineage) -> Policy:
+    """With what the server knows: the lineage's generation, and the base of an adapter."""
+    base = asked.base
+    if asked.lora_path is not None and base is None and lineage.checkpoint is not None:
+        base = lineage.checkpoint.checkpoint
+    return asked.model_copy(update={"generation": lineage.generation, "base": base})
+
+
+def refuse(server: Server, answer: Answered, policy: Policy) -> NoReturn:
+    """Raise for an answer that is a refusal."""
+    version, source, number = policy.version, policy.source, answer.number
+    if answer.answer == "held":
+        left = f"for {number / 1000:.0f} s more" if number >= 0 else f"until {server.keys.publisher} is deleted"
+        raise PolicyRejected(
+            f"run {answer.text!r} publishes the checkpoints of pool {server.keys.pool!r}, {left}: one run at a time, "
+            f"or the hosts would serve neither. Wait until it ends, or have run {policy.run!r} publish adapters "
+            "(lora_path=), of which each run has its own"
+        )
+    known = read_record(answer.text)
+    if answer.answer == "other":
+        before = f"{known.source!r}" + (f" on {known.base!r}" if known.base else "") if known else "another source"
+        raise PolicyRejected(
+            f"policy {version} already names {before}, so it cannot name {source!r}; publish under a new version"
+        )
+    if answer.answer == "taken":
+        kind = "checkpoint" if policy.lora_path is None else "adapter"
+        raise PolicyRejected(
+            f"{kind} {source!r} is that of policy {number} already: give each version a path of its own, that "
+            "is never written to again, since a result can name only the version, not what lay there at the time"
+        )
+    if answer.answer == "rebased":
+        raise PolicyRejected(
+            f"adapter {source!r} is for {policy.base!r}, and the current checkpoint is policy {number}, "
+            f"{known.source if known else 'unknown'!r}: publish its base first, or leave base out"
+        )
+    relation = "older" if version < number else "not newer"
+    raise PolicyRejected(
+        f"policy {version} is {relation} than the current policy {number}; versions rise: publish {number + 1} or later"
     )
-    done = len(workers) - len(missing)
-    return f"{head}: {done} of {len(workers)} do; not yet: {names}. Wait again, or see `rollpool status`"
-
-
-async def live_workers(server: Server) -> list[WorkerStatus]:
-    """Workers with a heartbeat that mean to stay: one that is stopping will never serve what comes next."""
-    with server.doing("reading heartbeats"):
-        keys = {key async for key in server.client.scan_iter(match=server.keys.worker("*"), count=_PAGE)}
-        async with server.client.pipeline(transaction=False) as pipe:
-            for key in sorted(keys):
-                pipe.hgetall(key)
-            replies = await pipe.execute() if keys else []
-    workers = [WorkerStatus.from_fields(fields) for fields in replies if fields]
-    return [worker for worker in workers if worker.state != "stopping"]
-
-
-class _Acks:
-    """The latest answer of each worker to one policy, read once and then followed."""
-
-    def __init__(self, server: Server, version: int) -> None:
-        self._server = server
-        self._version = str(version).encode()
-        self._cursor = "0-0"
-        self._latest: dict[str, Ack] = {}
-
-    async def latest(self) -> dict[str, Ack]:
-        """By worker; a worker that tried again replaces its failure."""
-        while entries := await self._page():
-            for entry_id, fields in entries:
-                self._cursor = entry_id.decode()
-                if fields.get(b"version") == self._version:
-                    ack = _ack(fields)
-                    self._latest[ack.worker] = ack
-        return self._latest
-
-    async def _page(self) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        with self._server.doing("reading acks"):
-            entries: Any = await self._server.client.xrange(self._server.keys.acks, min=f"({self._cursor}", count=_PAGE)
-        return list(entries)
-
-
-def _ack(fields: dict[bytes, bytes]) -> Ack:
-    """An entry of `acks` is plain text, for people."""
-    text: dict[str, Any] = {name.decode(): value.decode() for name, value in fields.items()}
-    return Ack.model_validate({**text, "error": text.get("error") or None}, strict=False)

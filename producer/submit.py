@@ -112,11 +112,11 @@ class Submitter:
     async def _load(self) -> Load:
         server = self.server
         async with server.client.pipeline(transaction=False) as pipe:
-            pipe.get(server.keys.policy)
+            pipe.mget(server.keys.run_policy(server.run), server.keys.policy)
             pipe.hmget(server.keys.run(server.run), list(COUNTERS))
             replies: list[Any] = await pipe.execute()
-        policy, counters = replies
-        return Load.of(policy, counters)
+        (adapter, checkpoint), counters = replies
+        return Load.of(checkpoint if adapter is None else adapter, counters)
 
 
 def _checked_weight(weight: float | None) -> float | None:

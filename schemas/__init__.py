@@ -1,6 +1,6 @@
 """What both sides must agree on: models, the codec, key names, scripts, how to connect, errors."""
 
-from rollpool.schemas.commands import Ack, AckState, Command
+from rollpool.schemas.commands import Ack, AckState, ChangeMode, ChangeWay, Command, CommandKind
 from rollpool.schemas.errors import (
     BacklogFull,
     EngineUnavailable,
@@ -15,19 +15,23 @@ from rollpool.schemas.errors import (
 )
 from rollpool.schemas.jobs import LANES, Lane, Message, Prompt, PromptJob, SamplingParams
 from rollpool.schemas.keys import GROUP, Keys
-from rollpool.schemas.policies import Policy
+from rollpool.schemas.policies import CHECKPOINTS, Policy, SourceFile
 from rollpool.schemas.results import OUTCOMES, FinishReason, Group, Outcome, Sample, VersionSpan
 from rollpool.schemas.staleness import StalenessRule
 from rollpool.schemas.status import WorkerState, WorkerStatus
 
 __all__ = [
+    "CHECKPOINTS",
     "GROUP",
     "LANES",
     "OUTCOMES",
     "Ack",
     "AckState",
     "BacklogFull",
+    "ChangeMode",
+    "ChangeWay",
     "Command",
+    "CommandKind",
     "EngineUnavailable",
     "FinishReason",
     "Group",
@@ -48,6 +52,7 @@ __all__ = [
     "SamplingParams",
     "SchemaMismatch",
     "SettingsError",
+    "SourceFile",
     "StalenessRule",
     "VersionSpan",
     "WorkerState",

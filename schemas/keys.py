@@ -58,15 +58,13 @@ class Keys:
         """List: names of waiting jobs that a host takes before the backlog of their lane."""
         return self._key("ready", run, lane)
 
-    @property
-    def parked(self) -> str:
-        """Sorted set: names of jobs that wait for a policy version or a newer one, scored by it."""
-        return self._key("parked")
+    def parked(self, run: str) -> str:
+        """Sorted set: names of jobs of one run that wait for a policy version or a newer one, scored by it."""
+        return self._key("parked", run)
 
-    @property
-    def exact(self) -> str:
-        """Sorted set: names of jobs that wait for a host on one policy version alone, scored by it."""
-        return self._key("exact")
+    def exact(self, run: str) -> str:
+        """Sorted set: names of jobs of one run that wait for a host on one policy version alone, scored by it."""
+        return self._key("exact", run)
 
     @property
     def delayed(self) -> str:
@@ -135,17 +133,34 @@ class Keys:
 
     @property
     def policies(self) -> str:
-        """Hash: every published policy as JSON, by version."""
+        """Hash: every published policy as JSON.
+
+        By VERSION, an adapter by RUN:VERSION; one that its lineage went back from, by the same with @GENERATION.
+        """
         return self._key("policies")
 
     @property
     def policy(self) -> str:
-        """String: the current version."""
+        """String: the version of the current checkpoint."""
         return self._key("policy")
+
+    def run_policy(self, run: str) -> str:
+        """String: the version of the current adapter of a run that publishes some."""
+        return self._key("policy", run)
+
+    @property
+    def generations(self) -> str:
+        """Hash: the generation of each lineage that ever went back."""
+        return self._key("generations")
+
+    @property
+    def publisher(self) -> str:
+        """String with a lease: the one run that may publish checkpoints now."""
+        return self._key("publisher")
 
     @property
     def rollout(self) -> str:
-        """String with a lease: the worker that is changing its policy now; the others go on serving."""
+        """Sorted set: workers that are changing their policy now, scored by the end of their lease in server ms."""
         return self._key("rollout")
 
     def worker(self, name: str) -> str:

@@ -106,20 +106,27 @@ def unpack_group(body: bytes) -> Group:
     return _unpack_model(body, Group)
 
 
-def pack_samples(samples: Mapping[int, Sample]) -> bytes:
-    """Encode the finished samples of a job that goes elsewhere, by position in the group."""
-    return pack({"schema": SCHEMA, "samples": [[index, sample] for index, sample in sorted(samples.items())]})
+def pack_samples(samples: Mapping[int, Sample], generation: int = 0) -> bytes:
+    """Encode what was made of a job that goes elsewhere, by position in the group.
+
+    A sample with the finish reason `abort` is the beginning of one. `generation` is that of the policy: version numbers
+    of another one say nothing.
+    """
+    made = [[index, sample] for index, sample in sorted(samples.items())]
+    return pack({"schema": SCHEMA, "generation": generation, "samples": made})
 
 
-def unpack_samples(body: bytes) -> dict[int, Sample]:
+def unpack_samples(body: bytes) -> "Done":
     """Raises SchemaMismatch when the body is not one of `pack_samples`."""
-    done = _unpack_model(body, _Done)
-    return dict(done.samples)
+    return _unpack_model(body, Done)
 
 
-class _Done(BaseModel):
+class Done(BaseModel):
+    """What other hosts made of a job."""
+
     model_config = ConfigDict(strict=True)
 
+    generation: int = 0
     samples: list[Annotated[tuple[int, Sample], Field(strict=False)]]
 
 

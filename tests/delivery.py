@@ -22,6 +22,7 @@ from rollpool.schemas.scripts import (
     Place,
     Pulled,
     Record,
+    RunOffer,
     Settled,
     Settlement,
     commit,
@@ -43,8 +44,8 @@ from rollpool.schemas.wire import pack_model, unpack_job
 Fields = dict[bytes, bytes]
 
 RUN = "run"
-#: Places of which each job is a member with a score.
-SORTED = ("delayed", "parked", "exact")
+#: Places of each run, of which its waiting jobs are members with a score; `delayed` is one for all runs.
+SORTED = ("parked", "exact")
 HOUR_MS = 3_600_000
 
 
@@ -129,14 +130,22 @@ class Pool:
     async def commit(self, batch: str = "b", *, run: str = RUN) -> int:
         return await commit(self.client, self.keys, run=run, batch=batch)
 
+    async def publish(self, version: int) -> None:
+        """Make a checkpoint current, as far as the jobs are concerned."""
+        await self.server.set(self.keys.policy, version)
+
     # What hosts do.
 
     async def pull(
         self, wanted: int = 10, *, by: str = "a:1", version: int = 5, runs: Sequence[str] = (RUN,), bound: int = 0
     ) -> Pulled:
-        return await pull(
-            self.client, self.keys, runs=runs, consumer=by, wanted=wanted, version=version, unread_bound=bound
+        """For a host that serves one version to all runs."""
+        return await self.pull_offered(
+            *(RunOffer(run, version, (version,)) for run in runs), wanted=wanted, by=by, bound=bound
         )
+
+    async def pull_offered(self, *offers: RunOffer, wanted: int = 10, by: str = "a:1", bound: int = 0) -> Pulled:
+        return await pull(self.client, self.keys, offers=offers, consumer=by, wanted=wanted, unread_bound=bound)
 
     async def take(
         self, wanted: int = 10, *, by: str = "a:1", version: int = 5, runs: Sequence[str] = (RUN,)
@@ -175,13 +184,18 @@ class Pool:
     def expire(self) -> int:
         return expire(self.blocking, self.keys)
 
-    def sweep(self, *served: int, idle_ms: int = IDLE_RUN_MS) -> Swept:
-        return sweep(self.blocking, self.keys, served=served, idle_ms=idle_ms)
+    def sweep(self, *served: int, adapters: Iterable[tuple[str, int]] = (), idle_ms: int = IDLE_RUN_MS) -> Swept:
+        return sweep(self.blocking, self.keys, served=served, adapters=adapters, idle_ms=idle_ms)
 
     # What is on the server.
 
     def lane(self, lane: str = "default", *, run: str = RUN) -> str:
         return self.keys.jobs(run, lane)
+
+    def sorted_sets(self, runs: Sequence[str] = (RUN,)) -> list[tuple[str, str]]:
+        """Each place that is a sorted set, and its key."""
+        of_runs = [(place, getattr(self.keys, place)(run)) for place in SORTED for run in runs]
+        return [("delayed", self.keys.delayed), *of_runs]
 
     async def outcomes(self, batch: str = "b", *, run: str = RUN) -> dict[str, str]:
         fields = await self.server.hgetall(self.keys.batch(run, batch))
@@ -248,8 +262,8 @@ class Pool:
                 pipe.xrange(stream)
             for run, lane in lanes:
                 pipe.lrange(self.keys.ready(run, lane), 0, -1)
-            for place in SORTED:
-                pipe.zrange(getattr(self.keys, place), 0, -1)
+            for _, key in self.sorted_sets(runs):
+                pipe.zrange(key, 0, -1)
             pipe.hgetall(self.keys.waiting)
             replies = iter(await pipe.execute())
         for stream in streams:
@@ -262,7 +276,7 @@ class Pool:
         names: list[tuple[str, bytes]] = []
         for run, lane in lanes:
             names += [("ready", name) for name in next(replies) if name.startswith(f"{run}:{lane}:".encode())]
-        for place in SORTED:
+        for place, _ in self.sorted_sets(runs):
             names += [(place, name) for name in next(replies)]
         waiting = {name: _piece(packed) for name, packed in next(replies).items()}
         for place, name in names:

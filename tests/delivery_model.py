@@ -9,7 +9,7 @@ from delivery import HOUR_MS, Pool, ended
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from rollpool.schemas import LANES, OUTCOMES, Policy
+from rollpool.schemas import LANES, OUTCOMES
 from rollpool.schemas.scripts import (
     PART,
     READY,
@@ -17,19 +17,20 @@ from rollpool.schemas.scripts import (
     Entry,
     Place,
     Record,
+    RunOffer,
     Settled,
     delayed,
     exact,
     parked,
-    publish,
 )
 
 T = TypeVar("T")
 
 RUNS = ("one", "two")
 HOSTS = ("a:1", "b:1", "c:1")
-#: The current policy; exact jobs of versions before it can become stale.
+#: The current checkpoint, and the current adapter of the second run; exact jobs of versions before it can become stale.
 CURRENT = 7
+CURRENT_OF = {RUNS[0]: CURRENT, RUNS[1]: 8}
 VERSIONS = range(5, 9)
 #: Times of the server: over before it began, and never.
 PAST_MS, NEVER_MS = 1, 10**15
@@ -39,6 +40,10 @@ SMALL = 8
 hosts = st.sampled_from(HOSTS)
 picks = st.integers(0, 10**6)
 versions = st.sampled_from(VERSIONS)
+#: What a host serves to each run: a checkpoint, that and adapters of the run, or nothing.
+offers = st.fixed_dictionaries(
+    {run: st.sampled_from([[7], [5], [8], [5, 7], [6, 8], [5, 6, 7], [5, 6, 7, 8], []]) for run in RUNS}
+)
 places = st.one_of(
     st.just(READY),
     st.sampled_from([delayed(PAST_MS), delayed(NEVER_MS)]),
@@ -60,15 +65,19 @@ enqueues = st.tuples(
 pulls = st.tuples(
     st.just("pull"),
     hosts,
-    st.sampled_from([3, 0, 1, 6]),
-    versions,
+    st.sampled_from([3, 1, 6, 6, 0]),
+    offers,
     st.sampled_from([0, 0, 0, 300]),
     st.sampled_from([False, False, True]),
 )
 returns = st.tuples(st.just("give_back"), picks, places)
 others = [st.tuples(st.just(name), picks) for name in ("settle", "settle", "cancel", "commit", "read")]
 leases = [st.tuples(st.just(name), hosts) for name in ("reclaim", "renew")]
-ends = [st.tuples(st.just("expire")), st.tuples(st.just("sweep"), st.sets(versions), st.booleans())]
+adapters = st.sets(st.tuples(st.sampled_from(RUNS), versions), max_size=4)
+ends = [
+    st.tuples(st.just("expire")),
+    st.tuples(st.just("sweep"), st.sets(versions, max_size=2), adapters, st.booleans()),
+]
 steps = st.one_of(pulls, pulls, pulls, returns, returns, *others, *leases, *ends, enqueues)
 
 #: A run and a job of it, or a part of one.
@@ -165,11 +174,16 @@ class Model(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        policy = Policy(version=CURRENT, checkpoint="/c", run=RUNS[0])
-        assert self.run(publish(self.pool.client, self.pool.keys, policy)) == ("new", 0)
+        self.run(self.pool.publish(CURRENT))
+        self.pool.blocking.set(self.pool.keys.run_policy(RUNS[1]), CURRENT_OF[RUNS[1]])
         for run in RUNS:
             for parts, lane in enumerate(LANES, start=1):
                 self.enqueue(run, lane, 2, parts, None, None)
+        # Some wait from the beginning: the steps alone would seldom let one wait and then meet it.
+        self.pull(HOSTS[0], 16, {run: [CURRENT] for run in RUNS}, 0, False)
+        for version in VERSIONS:
+            for place in (parked(version), exact(version), exact(version), delayed(NEVER_MS)):
+                self.give_back(0, place)
 
     @rule(step=steps)
     def do(self, step: tuple[Any, ...]) -> None:
@@ -189,24 +203,27 @@ class Model(RuleBasedStateMachine):
             self.states[batch.job(index)] = "open"
             self.records |= dict.fromkeys(batch.pieces(index), Record())
 
-    def may_take(self, piece: Piece, where: str, version: int) -> bool:
+    def is_due(self, piece: Piece, where: str, served: list[int]) -> bool:
+        """It may be taken by a host that serves these versions to its run."""
         wait = self.waits.get(piece, READY)
         if where == "parked":
-            return wait.score <= version
+            return bool(served) and wait.score <= served[-1]
         if where == "exact":
-            return wait.score == version
+            return wait.score in served
         return where in ("backlog", "ready") or (where == "delayed" and wait.score == PAST_MS)
 
-    def pull(self, host: str, wanted: int, version: int, bound: int, reply_lost: bool) -> None:
+    def pull(self, host: str, wanted: int, served: dict[str, list[int]], bound: int, reply_lost: bool) -> None:
         before = self.run(self.pool.places(RUNS))
         unread = {run: self.run(self.pool.counters(run)).get("unread", 0) for run in RUNS}
-        pulled = self.run(self.pool.pull(wanted, by=host, version=version, runs=RUNS, bound=bound))
+        offered = [RunOffer(run, max(versions, default=None), tuple(versions)) for run, versions in served.items()]
+        pulled = self.run(self.pool.pull_offered(*offered, wanted=wanted, by=host, bound=bound))
         after = self.run(self.pool.places(RUNS))
-        assert pulled.full == {run for run in RUNS if bound and unread[run] >= bound}
+        assert pulled.full == {run for run in RUNS if served[run] and bound and unread[run] >= bound}
         eligible = {
             piece
             for piece, [where, *_] in before.items()
-            if self.is_open(piece) and self.may_take(piece, where, version) and piece[0] not in pulled.full
+            if self.is_open(piece) and self.is_due(piece, where, served[piece[0]])
+            if served[piece[0]] and piece[0] not in pulled.full
         }
         taken = [(entry.run, entry.job) for entry in pulled.entries]
         assert len(set(taken)) == len(taken) == min(wanted, len(eligible))
@@ -214,7 +231,7 @@ class Model(RuleBasedStateMachine):
         for piece, [where, *_] in after.items():  # what became due and was not taken is first in its lane now
             if self.is_open(piece) and piece not in taken and [where] != before[piece]:
                 assert where == "ready"
-                assert self.may_take(piece, before[piece][0], version)
+                assert self.is_due(piece, before[piece][0], served[piece[0]])
         self.look_at_order(pulled.entries, before, after)
         for piece, entry in zip(taken, pulled.entries, strict=True):
             assert entry.record == self.records[piece]
@@ -273,14 +290,19 @@ class Model(RuleBasedStateMachine):
         for batch, index in chosen:
             self.end_job(batch, index, "expired")
 
-    def sweep(self, served: set[int], tidy: bool) -> None:
+    def sweep(self, served: set[int], adapters: set[tuple[str, int]], tidy: bool) -> None:
         waiting = self.run(self.pool.places(RUNS))
+        old = {
+            piece: self.waits[piece].score
+            for piece, where in waiting.items()
+            if where == ["exact"] and self.waits[piece].score < CURRENT_OF[piece[0]]
+        }
         stale = {
             self.job_of(piece)
-            for piece, where in waiting.items()
-            if where == ["exact"] and self.waits[piece].score < CURRENT and self.waits[piece].score not in served
+            for piece, version in old.items()
+            if version not in served and (piece[0], version) not in adapters
         }
-        assert self.pool.sweep(*served, idle_ms=-1 if tidy else HOUR_MS).ended == len(stale)
+        assert self.pool.sweep(*served, adapters=adapters, idle_ms=-1 if tidy else HOUR_MS).ended == len(stale)
         for job in stale:
             self.end_job(self.batch_of(job), int(job[1].rpartition("/")[2]), "stale")
         known = {name.decode() for name in self.run(self.pool.server.smembers(self.pool.keys.runs))}
@@ -370,10 +392,10 @@ class Model(RuleBasedStateMachine):
         self.nothing_is_left()
 
     async def everything_is_due(self) -> None:
-        keys, server = self.pool.keys, self.pool.server
-        for place in (keys.delayed, keys.exact):
-            for name in await server.zrange(place, 0, -1):
-                await server.zadd(place, {name: 0 if place == keys.delayed else 10**6}, xx=True)
+        server = self.pool.server
+        for place, key in self.pool.sorted_sets(RUNS):
+            for name in await server.zrange(key, 0, -1) if place != "parked" else ():
+                await server.zadd(key, {name: 0 if place == "delayed" else 10**6}, xx=True)
 
     def nothing_is_left(self) -> None:
         """But what is remembered for a while, and the pool's own."""
@@ -382,7 +404,7 @@ class Model(RuleBasedStateMachine):
         remembered = {keys.batch(batch.run, batch.name) for batch in self.batches}
         remembered |= {keys.run(run) for run in RUNS}
         assert all(self.run(self.pool.server.ttl(name)) > 0 for name in names & remembered)
-        assert names - remembered <= {keys.retries, keys.fair, keys.policy, keys.policies, keys.control}
+        assert names - remembered <= {keys.retries, keys.fair, keys.policy, keys.run_policy(RUNS[1])}
 
     @invariant()
     def every_job_is_settled_once_or_open_in_one_place(self) -> None:

@@ -27,12 +27,30 @@ class FakeServer:
         self.key: str | None = None
         self.skip_warmup = True
         self.info_calls = 0
+        #: Further fields of `/get_server_info`.
+        self.info: dict[str, Any] = {}
+        #: Adapters by name.
+        self.lora: dict[str, str] = {}
+        #: What `/openapi.json` lists; None: it has no such document.
+        self.routes: set[str] | None = None
+        #: What `/rollpool_engine` says.
+        self.about: dict[str, Any] = {}
+        #: Of the next changes: status and body, in place of doing them.
+        self.refusal: tuple[int, bytes] | None = None
+        #: Clear while a change is to take its time.
+        self.may_change = asyncio.Event()
+        self.may_change.set()
+        self.changes: list[tuple[str, dict[str, Any]]] = []
         app = web.Application(middlewares=[self._guard])
         app.router.add_get("/get_model_info", self._model_info)
         app.router.add_get("/get_server_info", self._server_info)
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/abort_request", self._abort)
+        app.router.add_get("/openapi.json", self._openapi)
+        app.router.add_get("/rollpool_engine", self._about)
+        for path in ("/update_weights_from_disk", "/load_lora_adapter", "/unload_lora_adapter", "/flush_cache"):
+            app.router.add_post(path, self._change)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         self.url = ""
 
@@ -80,8 +98,37 @@ class FakeServer:
                 "attention_backend": "native",
                 "skip_server_warmup": self.skip_warmup,
                 "internal_states": [state],
+                **self.info,
             }
         )
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        if self.routes is None:
+            return web.json_response({"detail": "Not Found"}, status=404)
+        return web.json_response({"openapi": "3.1.0", "paths": {path: {} for path in self.routes}})
+
+    async def _about(self, request: web.Request) -> web.Response:
+        return web.json_response(self.about)
+
+    async def _change(self, request: web.Request) -> web.Response:
+        body = json.loads(await request.read())
+        self.changes.append((request.path, body))
+        await self.may_change.wait()
+        if self.refusal is not None:
+            status, said = self.refusal
+            return web.Response(status=status, body=said)
+        if request.path == "/flush_cache":
+            self.steps = 0
+            return web.Response(text="Cache flushed.")
+        if request.path == "/update_weights_from_disk":
+            self.model_path, self.steps = body["model_path"], 0
+            done = {"success": True, "message": "", "num_paused_requests": len(self.waiting), "stall_seconds": 0.01}
+            return web.json_response(done)
+        if request.path == "/load_lora_adapter":
+            self.lora[body["lora_name"]] = body["lora_path"]
+        else:
+            del self.lora[body["lora_name"]]
+        return web.json_response({"success": True, "message": "", "loaded_adapters": self.lora})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = json.loads(await request.read())
@@ -103,8 +150,11 @@ class FakeServer:
             return await self.reply(request, body)
         return web.json_response(completion(rid, body["sampling_params"]["max_new_tokens"]))
 
-    async def _chat(self, request: web.Request) -> web.Response:
-        self.bodies.append(json.loads(await request.read()))
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        body = json.loads(await request.read())
+        self.bodies.append(body)
+        if self.reply is not None:
+            return await self.reply(request, body)
         choice = {"message": {"content": "hello"}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 3, "completion_tokens": 2}
         return web.json_response({"choices": [choice], "usage": usage})

@@ -6,7 +6,7 @@ import numpy as np
 from redis.asyncio import Redis
 
 from rollpool.schemas import Group, Keys, Outcome, PromptJob, Sample
-from rollpool.schemas.scripts import Settlement, pull, settle
+from rollpool.schemas.scripts import RunOffer, Settlement, pull, settle
 from rollpool.schemas.wire import unpack_job
 
 
@@ -44,7 +44,8 @@ async def work(
     result: Callable[[PromptJob], Group] = finished,
 ) -> int:
     """Pull up to `most` jobs of a run and settle them; returns how many."""
-    pulled = await pull(client, keys, runs=[run], consumer="w:1", wanted=most, version=0, unread_bound=unread_bound)
+    offers = [RunOffer(run, 0, (0,))]
+    pulled = await pull(client, keys, offers=offers, consumer="w:1", wanted=most, unread_bound=unread_bound)
     jobs = [(entry, unpack_job(entry.body)) for entry in pulled.entries]
     if jobs:
         settlements = [Settlement(entry, result(job), part=job.part) for entry, job in jobs]

@@ -1,16 +1,26 @@
 """Engines and owners that do what a test says, in its own process; and jobs to give them."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from rollpool.schemas import EngineUnavailable, PromptJob, Sample, VersionSpan
+from rollpool.schemas import EngineUnavailable, Policy, PolicyRejected, PromptJob, Sample, VersionSpan
 from rollpool.schemas.scripts import Entry, Record
 from rollpool.schemas.wire import pack_model, pack_samples
-from rollpool.worker.engines.protocol import ChatRequest, Completion, EngineFacts, EngineLoad, SampleRequest
+from rollpool.worker.engines.protocol import (
+    Adapter,
+    ChatRequest,
+    Completion,
+    EngineFacts,
+    EngineLoad,
+    LoraSupport,
+    OnProgress,
+    SampleRequest,
+    WeightsRefused,
+)
 from rollpool.worker.held import HeldJob
 
 Request = SampleRequest | ChatRequest
@@ -92,6 +102,18 @@ class FakeEngine:
     open: dict[str, Call] = field(default_factory=dict)
     most_open: int = 0
     dead: Exception | None = None
+    #: Tokens that an aborted call answers with; a call that answered so is in `aborted`.
+    partial: Callable[[Request], Completion] = lambda _: completion(0)
+    aborted: list[Request] = field(default_factory=list)
+    #: Checkpoints it was changed to, adapters it has, names it unloaded, and how often its cache was flushed.
+    swapped: list[tuple[str, int]] = field(default_factory=list)
+    adapters: dict[str, str] = field(default_factory=dict)
+    unloaded: list[str] = field(default_factory=list)
+    flushed: int = 0
+    #: Sources that it does not take.
+    refusals: dict[str, WeightsRefused] = field(default_factory=dict)
+    #: Set to have a swap wait.
+    swap_gate: asyncio.Event | None = None
 
     async def generate(self, request: SampleRequest) -> Completion:
         return await self._call(request)
@@ -126,7 +148,43 @@ class FakeEngine:
             if not call.answer.done():
                 call.answer.set_exception(error)
 
-    async def abort(self, rids: Iterable[str]) -> None: ...
+    async def abort(self, rids: Iterable[str]) -> None:
+        """Each open call among them answers with the tokens it has."""
+        if self.dead is not None:
+            raise self.dead
+        for rid in list(rids):
+            call = self.open.get(rid)
+            if call is not None and not call.answer.done():
+                self.aborted.append(call.request)
+                call.answer.set_result(replace(self.partial(call.request), finish_reason="abort"))
+
+    async def swap(self, checkpoint: str, version: int) -> None:
+        if self.swap_gate is not None:
+            await self.swap_gate.wait()
+        self._take(checkpoint)
+        self.swapped.append((checkpoint, version))
+        self.facts = replace(self.facts, model_path=checkpoint)
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        self._take(adapter.path)
+        assert len(self.adapters) < self.facts.adapter_slots, "one adapter more than there are slots"
+        self.adapters[adapter.name] = adapter.path
+
+    async def unload_adapter(self, name: str) -> None:
+        users = [call for call in self.open.values() if getattr(call.request, "lora_path", None) == name]
+        if users:
+            raise WeightsRefused(f"{name} is in use")
+        del self.adapters[name]
+        self.unloaded.append(name)
+
+    async def flush_cache(self) -> None:
+        self.flushed += 1
+
+    def _take(self, source: str) -> None:
+        if self.dead is not None:
+            raise self.dead
+        if refusal := self.refusals.get(source):
+            raise refusal
 
     async def load(self) -> EngineLoad | None:
         if self.dead is not None:
@@ -140,7 +198,13 @@ class FakeEngine:
 
 
 def fake_engine(
-    *, slots: int = 4, model_path: str = "/", reply: Callable[[Request], Reply] | None = None
+    *,
+    slots: int = 4,
+    model_path: str = "/",
+    reply: Callable[[Request], Reply] | None = None,
+    lora: LoraSupport = "none",
+    adapter_slots: int = 0,
+    swaps: bool = False,
 ) -> FakeEngine:
     facts = EngineFacts(
         line="main",
@@ -148,7 +212,9 @@ def fake_engine(
         max_running_requests=slots,
         max_prompt_tokens=4096,
         context_length=8192,
-        lora=False,
+        lora=lora,
+        adapter_slots=adapter_slots,
+        swaps=swaps,
         model_path=model_path,
         tp_size=1,
         identity="fake",
@@ -167,14 +233,31 @@ class FakeOwner:
 
     controls_weights = True
     url = "http://fake"
+    opened = "at once"
 
-    def __init__(self, *, slots: int = 4, holding: bool = False, faults: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        slots: int = 4,
+        holding: bool = False,
+        faults: dict[str, str] | None = None,
+        lora: LoraSupport = "none",
+        adapter_slots: int = 0,
+        swaps: bool = False,
+    ) -> None:
         self.slots = slots
         self.holding = holding
         self.faults = faults or {}
-        #: Checkpoints that `check` sees are not there, with what it says.
+        self.lora, self.adapter_slots, self.swaps = lora, adapter_slots, swaps
+        #: Sources that cannot be used, and those that cannot be reached now, with what is said.
         self.missing: dict[str, str] = {}
-        self.opened: list[str] = []
+        self.unreachable: dict[str, str] = {}
+        #: What was staged, merged, and is to be kept.
+        self.staged: list[str] = []
+        self.merged: list[tuple[str, str]] = []
+        self.kept: set[str] = set()
+        self.launches: list[str] = []
+        self.launched_adapters: list[list[str]] = []
         self.engines: list[FakeEngine] = []
         #: Set to have every engine answer so.
         self.reply: Callable[[Request], Reply] | None = None
@@ -187,23 +270,46 @@ class FakeOwner:
     def engine(self) -> FakeEngine:
         return self.engines[-1]
 
-    async def check(self, checkpoint: str) -> None:
-        if reason := self.missing.get(checkpoint):
+    async def stage(self, policy: Policy, on_progress: OnProgress) -> str:
+        self.staged.append(policy.source)
+        on_progress(1, 1)
+        if reason := self.missing.get(policy.source):
+            raise PolicyRejected(reason)
+        if reason := self.unreachable.get(policy.source):
             raise EngineUnavailable(reason)
+        return policy.source
 
-    async def open(self, checkpoint: str) -> FakeEngine:
-        self.opened.append(checkpoint)
+    async def merge(self, base: str, policy: Policy, adapter: str) -> str:
+        self.merged.append((base, adapter))
+        if reason := self.missing.get(f"{base}+{adapter}"):
+            raise PolicyRejected(reason)
+        return f"{base}+{adapter}"
+
+    def keep(self, paths: Iterable[str]) -> None:
+        self.kept = set(paths)
+
+    async def open(self, checkpoint: str, *, version: int, adapters: Sequence[Adapter] = ()) -> FakeEngine:
+        self.launches.append(checkpoint)
+        self.launched_adapters.append([adapter.name for adapter in adapters])
         if self.gate is not None:
             await self.gate.wait()
         if reason := self.faults.get(checkpoint):
             raise EngineUnavailable(reason)
         assert self.open_now == 0, "two engines at once on one host"
         self.open_now = 1
-        first = int(checkpoint.rpartition("/")[2])
         self._death = asyncio.get_running_loop().create_future()
-        reply = self.reply or ((lambda _: None) if self.holding else lambda _: completion(first=first))
-        self.engines.append(fake_engine(slots=self.slots, model_path=checkpoint, reply=reply))
-        return self.engine
+        reply = self.reply or ((lambda _: None) if self.holding else lambda _: completion(first=version))
+        engine = fake_engine(
+            slots=self.slots,
+            model_path=checkpoint,
+            reply=reply,
+            lora=self.lora,
+            adapter_slots=self.adapter_slots,
+            swaps=self.swaps,
+        )
+        engine.adapters = {adapter.name: adapter.path for adapter in adapters}
+        self.engines.append(engine)
+        return engine
 
     async def watch(self) -> str:
         assert self._death is not None

@@ -12,7 +12,7 @@ from redis.exceptions import ConnectionError
 
 from rollpool.schemas import GROUP, Keys
 from rollpool.schemas.connection import connect
-from rollpool.schemas.scripts import READY, Entry, GiveBack, Place, Record, enqueue, give_back, pull
+from rollpool.schemas.scripts import READY, Entry, GiveBack, Place, Record, RunOffer, enqueue, give_back, pull
 from rollpool.schemas.wire import pack_model
 from rollpool.worker.incarnation import Incarnation
 from rollpool.worker.leases import LeaseKeeper
@@ -74,7 +74,8 @@ class Scene:
         await enqueue(self.client, self.keys, previews_and_bodies=bodies, **given)
 
     async def take(self, by: str, wanted: int = 100, *, version: int = 0) -> list[Entry]:
-        pulled = await pull(self.client, self.keys, runs=[RUN], consumer=by, wanted=wanted, version=version)
+        offers = [RunOffer(RUN, version, (version,))]
+        pulled = await pull(self.client, self.keys, offers=offers, consumer=by, wanted=wanted)
         return pulled.entries
 
     async def give_back(self, entry: Entry, *, by: str, place: Place = READY, record: Record | None = None) -> None:

@@ -1,18 +1,21 @@
 """Runs jobs on one engine: one call a sample, never more samples in the engine than the target.
 
-Invariant: a job handed in comes out by exactly one of the first four callbacks of `Outlet`, or through `abandon` or
-`drop`; finished samples survive the fault of a sibling; and no job is in the engine with more others than its record
-allows.
+Invariant: a job handed in comes out by exactly one of the first five callbacks of `Outlet`, or through `abandon`,
+`interrupt` or `drop`; finished samples survive the fault of a sibling; no job is in the engine with more others than its
+record allows; and no token is kept of a policy that the job's tag forbids.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rollpool.schemas import EngineUnavailable, Sample, VersionSpan
+from rollpool.schemas import EngineUnavailable, Policy, Sample
 from rollpool.worker.engines.protocol import (
     ChatRequest,
     Completion,
@@ -21,7 +24,8 @@ from rollpool.worker.engines.protocol import (
     SampleRequest,
     new_rid,
 )
-from rollpool.worker.held import NO_IDS, HeldJob
+from rollpool.worker.held import HeldJob
+from rollpool.worker.samples import Ask, ask_for, can_go_on, is_piece, sample_of
 from rollpool.worker.suspects import least
 
 #: Calls of one sample on one engine before its job is given back: a lost connection is worth one more try where the
@@ -35,7 +39,8 @@ ASK_AGAIN_S = 0.5
 #: may be the jobs' own doing, and each more is an attempt of an innocent job.
 SICK_AFTER = 4
 
-_NO_LOGPROBS = np.empty(0, dtype=np.float32)
+#: Seconds that an engine may take to hand out the tokens of what it is told to end: it does so between two steps.
+INTERRUPT_S = 10.0
 
 
 class Outlet(Protocol):
@@ -53,6 +58,9 @@ class Outlet(Protocol):
     def expired(self, held: HeldJob) -> None:
         """Its deadline came before its last sample."""
 
+    def misplaced(self, held: HeldJob) -> None:
+        """The engine's policy changed to one that it may not run on."""
+
     def broken(self, bug: BaseException) -> None:
         """Something of ours failed that cannot fail: what this host holds is not known any more."""
 
@@ -62,7 +70,8 @@ class Generator:
 
     Args:
         engine: generates them.
-        version: of the policy it serves.
+        policy: whose weights the engine has.
+        decode: text of token ids, for samples that were made in pieces.
         target: samples in the engine at most.
         outlet: where jobs go.
         on_change: called when samples begin or end.
@@ -74,7 +83,8 @@ class Generator:
         self,
         engine: Engine,
         *,
-        version: int,
+        policy: Policy,
+        decode: Callable[[NDArray[np.int32]], str],
         target: int,
         outlet: Outlet,
         on_change: Callable[[], None],
@@ -82,7 +92,8 @@ class Generator:
         sample_timeout_s: float,
     ) -> None:
         self._engine = engine
-        self._version = version
+        self._policy = policy
+        self._decode = decode
         self._target = target
         self._outlet = outlet
         self._on_change = on_change
@@ -90,6 +101,9 @@ class Generator:
         self._sample_timeout_s = sample_timeout_s
         self._waiting: deque[tuple[HeldJob, int]] = deque()
         self._tasks: dict[asyncio.Task[None], HeldJob] = {}
+        #: Ids of the requests that the engine has, by the task that waits for each.
+        self._rids: dict[asyncio.Task[None], str] = {}
+        self._closing = False
         #: When each of them began, in seconds of the loop; the oldest first.
         self._begun: dict[asyncio.Task[None], float] = {}
         self._watch: asyncio.TimerHandle | None = None
@@ -146,6 +160,15 @@ class Generator:
         """For each job here, how many may be in the engine with it, itself included; None: any number."""
         return [held.record.company for held in self._jobs]
 
+    def serve(self, policy: Policy, decode: Callable[[NDArray[np.int32]], str]) -> None:
+        """The engine's weights are this policy's from now on."""
+        self._policy, self._decode = policy, decode
+
+    def retarget(self, target: int) -> None:
+        """Have so many samples in the engine from now on, at most."""
+        self._target = target
+        self._fill()
+
     def submit(self, jobs: Iterable[HeldJob]) -> None:
         """Take jobs over; their samples start as credits allow, in order."""
         for held in jobs:
@@ -165,20 +188,37 @@ class Generator:
         self._leave(held)
         self._fill()
 
-    def abandon(self, *, started: bool = True) -> list[HeldJob]:
-        """Stop work and hand back the jobs: all, or only those of which no sample was started."""
+    def abandon(self, *, started: bool = True, which: Callable[[HeldJob], bool] | None = None) -> list[HeldJob]:
+        """Stop work and hand back the jobs: all, only those of which no sample was started, or those that are asked for."""
         leaving = [held for held in self._jobs if started or held not in self._inside]
+        leaving = [held for held in leaving if which is None or which(held)]
         for held in leaving:
             self._leave(held)
         return leaving
+
+    async def interrupt(self) -> list[HeldJob]:
+        """Begin nothing more, stop what runs, and hand back the jobs with the tokens that the engine has made."""
+        self._closing = True
+        asked = {task: rid for task, rid in self._rids.items() if can_go_on(self._tasks[task].job)}
+        with suppress(EngineUnavailable, TimeoutError):  # then there are no tokens to be had
+            async with asyncio.timeout(INTERRUPT_S):
+                await self._engine.abort(asked.values())
+                if asked:
+                    await asyncio.wait(asked)
+        return self.abandon()
 
     async def drain(self) -> None:
         """Wait until every job has left, or no call is left that could make one leave."""
         while self._jobs and self._tasks:
             await asyncio.wait(self._tasks)
 
+    def go_on(self) -> None:
+        """Begin samples again after `interrupt`."""
+        self._closing = False
+        self._fill()
+
     def _fill(self) -> None:
-        while self._waiting and len(self._tasks) < self._target and not self._unanswered and not self.sick.is_set():
+        while self._waiting and len(self._tasks) < self._target and self._may_begin:
             held, index = self._waiting[0]
             if not held.left and not self._may_enter(held):
                 break
@@ -192,6 +232,10 @@ class Generator:
             task.add_done_callback(self._ended)
         self._keep_watch()
         self._on_change()
+
+    @property
+    def _may_begin(self) -> bool:
+        return not self._closing and not self._unanswered and not self.sick.is_set()
 
     def _keep_watch(self) -> None:
         """Have the oldest sample looked at when its time is over: one timer, since there are many samples."""
@@ -232,6 +276,7 @@ class Generator:
     def _ended(self, task: asyncio.Task[None]) -> None:
         held = self._tasks.pop(task)
         self._begun.pop(task, None)
+        self._rids.pop(task, None)
         if task.cancelled():
             self._exit(held, self._outlet.lost, "the engine's client cancelled its call")
         elif (bug := task.exception()) is not None:
@@ -258,15 +303,21 @@ class Generator:
                 task.cancel()
 
     async def _sample(self, held: HeldJob, index: int) -> None:
+        version = self._policy.version if held.adapter is None else held.version
+        ask = ask_for(
+            held.prompt_ids, held.job.sampling, held.pieces.get(index), self._engine.facts.max_prompt_tokens
+        )
         try:
-            completion = await self._call(held)
+            completion = await self._call(held, ask)
         except RequestRefused as error:
             self._exit(held, self._outlet.refused, str(error))
         except EngineUnavailable as error:
             self._count_lost(held)
             self._exit(held, self._outlet.lost, str(error))
         else:
-            self._keep(held, index, completion)
+            if held.adapter is not None:  # the engine tells the version of its own weights, below the adapter
+                completion = replace(completion, version_spans=())
+            self._keep(held, index, completion, sample_of(completion, version, ask.piece, self._decode))
 
     def _count_lost(self, held: HeldJob) -> None:
         self._lost_in_a_row += not held.left
@@ -278,19 +329,27 @@ class Generator:
             self._leave(held)
             tell(held, reason)
 
-    async def _call(self, held: HeldJob) -> Completion:
+    async def _call(self, held: HeldJob, ask: Ask) -> Completion:
         for tries_left in reversed(range(TRIES_PER_SAMPLE)):
             try:
-                if held.job.endpoint == "chat":
-                    return await self._chat(held)
-                return await self._engine.generate(
-                    SampleRequest(rid=new_rid(), input_ids=held.prompt_ids, sampling=held.job.sampling)
-                )
+                return await self._once(held, ask, new_rid())
             except EngineUnavailable:
+                if self._closing:
+                    raise
                 await self._until_it_answers()
                 if not tries_left:
                     raise
         raise AssertionError("unreachable: the last try returns or raises")
+
+    async def _once(self, held: HeldJob, ask: Ask, rid: str) -> Completion:
+        task = asyncio.current_task()
+        assert task is not None
+        self._rids[task] = rid
+        if held.job.endpoint == "chat":
+            return await self._chat(held, rid)
+        return await self._engine.generate(
+            SampleRequest(rid=rid, input_ids=ask.input_ids, sampling=ask.sampling, lora_path=held.adapter)
+        )
 
     async def _until_it_answers(self) -> None:
         """Wait while the engine is out of reach, and begin nothing: if it is dead, that is the host's to notice.
@@ -312,28 +371,30 @@ class Generator:
             return False
         return True
 
-    async def _chat(self, held: HeldJob) -> Completion:
+    async def _chat(self, held: HeldJob, rid: str) -> Completion:
         messages = held.job.prompt
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if isinstance(messages, np.ndarray):
             raise RequestRefused("endpoint='chat' takes text or messages, not token ids; use endpoint='generate'")
-        return await self._engine.chat(ChatRequest(rid=new_rid(), messages=messages, sampling=held.job.sampling))
+        return await self._engine.chat(ChatRequest(rid=rid, messages=messages, sampling=held.job.sampling))
 
-    def _keep(self, held: HeldJob, index: int, completion: Completion) -> None:
+    def _keep(self, held: HeldJob, index: int, completion: Completion, sample: Sample) -> None:
         if held.left:
             return
-        ids = NO_IDS if completion.logprobs is None else completion.output_ids
-        # The engine and its dialect vouch for lengths and types; the span says which weights this engine held.
-        held.samples[index] = Sample.model_construct(
-            output_ids=ids,
-            logprobs=_NO_LOGPROBS if completion.logprobs is None else completion.logprobs,
-            text=completion.text,
-            finish_reason=completion.finish_reason,
-            version_spans=(VersionSpan(self._version, 0, len(ids)),),
-        )
+        if not all(held.job.may_run_on(version) for version in sample.versions):
+            self._leave(held)
+            self._outlet.misplaced(held)
+            return
+        self.tokens_made += completion.completion_tokens
+        if is_piece(sample):
+            if len(sample.output_ids) < held.job.sampling.max_new_tokens:
+                held.pieces[index] = sample
+                return
+            sample = sample.model_copy(update={"finish_reason": "length"})  # it was ended at its last token
+        held.pieces.pop(index, None)
+        held.samples[index] = sample
         self._lost_in_a_row = self._taken_out = 0
         self.samples_made += 1
-        self.tokens_made += completion.completion_tokens
         if len(held.samples) == held.job.n:
             self._finish(held)

@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from rollpool.schemas import Keys, PromptJob, WorkerStatus
+from rollpool.schemas.status import SERVING_FIELDS, Serving
 from rollpool.worker.clock import ServerClock
 
 log = logging.getLogger(__name__)
@@ -75,20 +76,19 @@ class Neighbours:
         self._every_s = every_s
         self._clock = clock
         self._seen_at = -math.inf
-        #: State and version served of each listed host.
-        self._seen: dict[str, tuple[bytes, bytes]] = {}
+        self._seen: list[Serving] = []
 
-    async def anyone_serves(self, version: int) -> bool:
-        """True when a listed host serves `version`."""
+    async def anyone_serves(self, run: str, version: int) -> bool:
+        """True when a listed host serves `version` to this run, or starts its engine on it, or changes to it."""
         await self._look()
-        return any(policy == str(version).encode() for _, policy in self._seen.values())
+        return any(host.will_serve(run, version) for host in self._seen)
 
     async def anyone_else_may_run(self, job: PromptJob, worker: str) -> bool:
         """True when a host other than `worker` serves a policy that the job's tag allows."""
         await self._look()
         return any(
-            name != worker and state == b"serving" and policy.isdigit() and job.may_run_on(int(policy))
-            for name, (state, policy) in self._seen.items()
+            host.name != worker and host.state == "serving" and any(map(job.may_run_on, host.versions_for(job.run)))
+            for host in self._seen
         )
 
     async def _look(self) -> None:
@@ -97,12 +97,13 @@ class Neighbours:
         keys = [key async for key in self._client.scan_iter(match=self._keys.worker("*"), count=1000)]
         async with self._client.pipeline(transaction=False) as pipe:
             for key in keys:
-                pipe.hmget(key, ["name", "state", "policy"])
-            found: list[Any] = await pipe.execute()
-        self._seen = {name.decode(): (state, policy) for name, state, policy in found if name and policy}
+                pipe.hmget(key, SERVING_FIELDS)
+            found: list[Any] = await pipe.execute(raise_on_error=False)
+        hosts = (Serving.read(values) for values in found if isinstance(values, list))  # else somebody's own key
+        self._seen = [host for host in hosts if host is not None]
         self._seen_at = self._clock()
 
 
 async def works(client: Redis, keys: Keys, name: str) -> bool:
     """True when this worker is listed and serves, whatever policy."""
-    return await client.hget(keys.worker(name), "state") in (b"serving", b"suspended")
+    return await client.hget(keys.worker(name), "state") in (b"serving", b"suspended", b"paused")

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from rollpool.schemas import Group, Outcome, PromptJob, Sample, SchemaMismatch
 from rollpool.schemas.scripts import Entry, Record
-from rollpool.schemas.wire import unpack_samples
+from rollpool.schemas.wire import Done, unpack_samples
+from rollpool.worker.samples import is_piece
 
 #: The prompt of a job that never reached an engine, and the ids of a chat.
 NO_IDS: NDArray[np.int32] = np.empty(0, dtype=np.int32)
@@ -31,13 +32,29 @@ class HeldJob:
     prompt_ids: NDArray[np.int32] = field(default_factory=lambda: NO_IDS)
     #: Finished samples, by position in the group; those of other hosts included.
     samples: dict[int, Sample] = field(default_factory=dict)
+    #: Beginnings of others, likewise.
+    pieces: dict[int, Sample] = field(default_factory=dict)
+    #: The adapter that it runs on here, by the name that the engine knows; None: the engine's own weights.
+    adapter: str | None = None
+    #: The version that this adapter is.
+    version: int = 0
+    #: Of the policies that made its samples and pieces.
+    generation: int = 0
     #: True once it left the host; late samples of it are ignored.
     left: bool = False
 
     @classmethod
-    def of(cls, entry: Entry, job: PromptJob, now: float) -> "HeldJob":
-        """As pulled, with what other hosts finished of it."""
-        return cls(entry, job, now, record=entry.record, samples=_finished_elsewhere(entry, job))
+    def of(cls, entry: Entry, job: PromptJob, now: float, *, generation: int | None = None) -> "HeldJob":
+        """As pulled, with what other hosts made of it that still counts under policies of this generation; None: all."""
+        done = _made_elsewhere(entry)
+        held = cls(entry, job, now, record=entry.record, generation=done.generation)
+        if generation is not None and generation != done.generation:
+            held.generation = generation
+            return held
+        for index, sample in done.samples:
+            if 0 <= index < job.n:
+                (held.pieces if is_piece(sample) else held.samples)[index] = sample
+        return held
 
     @property
     def enough(self) -> bool:
@@ -67,12 +84,14 @@ class HeldJob:
         )
 
 
-def _finished_elsewhere(entry: Entry, job: PromptJob) -> dict[int, Sample]:
+def _made_elsewhere(entry: Entry) -> Done:
     """Samples that travelled with the entry; none where they cannot be read, since all can be made again."""
-    if not entry.done:
-        return {}
-    try:
-        samples = unpack_samples(entry.done)
-    except SchemaMismatch:
-        return {}
-    return {index: sample for index, sample in samples.items() if 0 <= index < job.n}
+    if entry.done:
+        try:
+            return unpack_samples(entry.done)
+        except SchemaMismatch:
+            pass
+    return _NOTHING
+
+
+_NOTHING = Done(samples=[])

@@ -113,6 +113,19 @@ class Holdings:
     def _has_any_of(self, batch: str) -> bool:
         return any(f"{held.job.run}:{held.job.batch}" == batch for held in self._held.values())
 
+    @property
+    def adapters(self) -> set[str]:
+        """Names of the adapters that jobs here run on."""
+        return {held.adapter for held in self._held.values() if held.adapter is not None and not held.left}
+
+    def holds_any_of(self, run: str) -> bool:
+        """True while a job of this run is here."""
+        return any(held.job.run == run for held in self._held.values())
+
+    def look_again(self) -> None:
+        """Ask the server which jobs are still open."""
+        self._leases.look_again()
+
     def hold(self, jobs: Sequence[HeldJob]) -> None:
         """Jobs that were pulled."""
         self._held.update({(held.entry.stream, held.entry.id): held for held in jobs})
@@ -162,6 +175,10 @@ class Holdings:
 
     def _line(self, what: str, why: str) -> str:
         return history_line(self._server_clock.now_ms() / 1000, f"{self._worker}: {what}: {why}")
+
+    def misplaced(self, held: HeldJob) -> None:
+        """The policy changed under it: for another host, or to be judged anew; it costs the job nothing."""
+        self.settler.give_back(held)
 
     def broken(self, bug: BaseException) -> None:
         """A bug."""

@@ -1,6 +1,6 @@
 """Wires the parts of one host together and owns their life.
 
-Invariants: one engine at a time, serving one policy version; however an engine ends, what it had is given back before
+Invariants: one engine at a time; however an engine ends, what it had is given back before
 the next one starts; a stop is heard at every moment.
 """
 
@@ -11,27 +11,37 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from rollpool.schemas import EngineUnavailable, Keys, Policy, WorkerState, WorkerStatus
+from rollpool.schemas import ChangeMode, EngineUnavailable, Keys, Policy, WorkerState, WorkerStatus
 from rollpool.schemas.connection import connect_async
 from rollpool.schemas.wire import check_msgpack
 from rollpool.worker.clock import ServerClock
 from rollpool.worker.credits import concurrency_target
-from rollpool.worker.engines.protocol import Engine, EngineOwner
+from rollpool.worker.engines.protocol import Engine, EngineOwner, LoraSupport
 from rollpool.worker.generator import Generator
 from rollpool.worker.heartbeat import Heartbeat, Neighbours
 from rollpool.worker.held import HeldJob
 from rollpool.worker.holdings import Holdings
 from rollpool.worker.incarnation import Incarnation
-from rollpool.worker.policy import ChangeTurn, PolicyChoice, Target
+from rollpool.worker.opening import CannotServe, Opening, offer_of
+from rollpool.worker.policy.acks import Answers
+from rollpool.worker.policy.change import Changes
+from rollpool.worker.policy.choice import PolicyChoice
+from rollpool.worker.policy.duties import Duties
+from rollpool.worker.policy.follow import ControlFollower
+from rollpool.worker.policy.offer import Offer
+from rollpool.worker.policy.orders import Orders, Target
+from rollpool.worker.policy.plan import INITIAL, Setup, Wanted
+from rollpool.worker.policy.turn import ChangeTurn
 from rollpool.worker.puller import Puller
 from rollpool.worker.saturation import Saturation
+from rollpool.worker.session import Session
 from rollpool.worker.settings import WorkerSettings
+from rollpool.worker.shown import Shown
 from rollpool.worker.tasks import cancelled, first_of, unless
 from rollpool.worker.tokenizer import PromptEncoder
 from rollpool.worker.triage import Budgets
@@ -52,18 +62,6 @@ class Ending(Enum):
     STOP = "stop"
     CHANGE = "policy change"
     DEAD = "engine dead"
-
-
-@dataclass
-class Session:
-    """One engine serving one policy."""
-
-    engine: Engine
-    policy: Policy
-    generator: Generator
-    puller: Puller
-    #: Samples kept in the engine.
-    target: int
 
 
 class Host:
@@ -93,13 +91,12 @@ class Host:
         self._stop = asyncio.Event()
         self._cut_short = asyncio.Event()
         self._bug: BaseException | None = None
-        self._state: WorkerState = "starting"
-        self._error = ""
+        self._shown = Shown()
         self._session: Session | None = None
         self._failures = self._deaths = self._restarts = 0
         self._samples_before = self._tokens_before = 0
-        self._turn = ChangeTurn(self._client, self._keys, name)
-        self._choice = PolicyChoice(self._client, self._connect(), self._keys, name, initial=self._initial())
+        #: How engines of this host come to adapters, as the last one showed: nothing is known of the first.
+        self._lora: tuple[LoraSupport, int] = ("runtime", 0)
         self._holdings = Holdings(
             url,
             self._client,
@@ -116,6 +113,29 @@ class Host:
         )
         self._neighbours = Neighbours(self._client, self._keys, every_s=settings.heartbeat_s)
         self.paused: Callable[[], bool] = lambda: False
+        self._wire_policies()
+
+    def _wire_policies(self) -> None:
+        """The parts that decide which policies are served."""
+        settings = self._settings
+        answers = Answers(self._client, self._keys, self._name)
+        self._duties = Duties(answers, self._holdings, settings.drain_s, lambda: self._session, self.stop)
+        self._follower = ControlFollower(self._connect(), self._keys, self._name, self._duties.hear)
+        self._duties.follower = self._follower
+        self._choice = PolicyChoice(self._client, self._keys, self._follower, answers, initial=self._initial())
+        self._opening = Opening(self._owner, self._choice, self._shown, self._session_of)
+        self._turn = ChangeTurn(self._client, self._keys, self._name)
+        self._changes = Changes(
+            owner=self._owner,
+            choice=self._choice,
+            opening=self._opening,
+            holdings=self._holdings,
+            turn=self._turn,
+            shown=self._shown,
+            default_mode=settings.change_mode,
+            drain_s=settings.drain_s,
+            show=self._show,
+        )
 
     def _initial(self) -> Policy | None:
         """What to serve until a policy is published."""
@@ -124,7 +144,7 @@ class Host:
             if self._owner.controls_weights:
                 return None
             checkpoint = self._owner.url  # it says what it serves once it is attached
-        return Policy(version=self._settings.initial_version, checkpoint=checkpoint, run="initial")
+        return Policy(version=self._settings.initial_version, checkpoint=checkpoint, run=INITIAL)
 
     # What RQ's side asks.
 
@@ -160,12 +180,17 @@ class Host:
     def status(self) -> WorkerStatus:
         """What the heartbeat says."""
         session, facts = self._session, self._session.engine.facts if self._session else None
+        base = session.offer.checkpoint if session else None
         return WorkerStatus(
             name=self._name,
             host=socket.gethostname(),
             pid=os.getpid(),
             state=self._shown_state(),
-            policy=session.policy.version if session else None,
+            policy=base.version if base else None,
+            generation=base.generation if base else 0,
+            adapters=session.offer.shown() if session else self._shown.adapters,
+            heading=self._shown.heading,
+            staging=self._shown.staging or self._turn.waiting_for,
             engine=facts.version if facts else "",
             engine_url=self._owner.url,
             max_running_requests=facts.max_running_requests if facts else 0,
@@ -178,11 +203,13 @@ class Host:
             engine_restarts=self._restarts,
             backlog_seconds=self._saturation.backlog_seconds,
             underfull_seconds=self._saturation.underfull_seconds,
-            error=self._error,
+            error=self._shown.error,
         )
 
     def _shown_state(self) -> WorkerState:
-        return "suspended" if self._state == "serving" and self.paused() else self._state
+        if self._shown.state != "serving":
+            return self._shown.state
+        return "suspended" if self.paused() else "paused" if self._duties.paused else "serving"
 
     # Its life.
 
@@ -191,8 +218,8 @@ class Host:
         parts = (self._holdings.settler.run(), self._holdings.listen(), self._heartbeat.run())
         background = [asyncio.create_task(part) for part in parts]
         try:
-            await self._choice.follower.catch_up()
-            background.append(asyncio.create_task(self._choice.follower.run()))
+            await self._follower.catch_up()
+            background += [asyncio.create_task(part) for part in (self._follower.run(), self._duties.run())]
             await self._holdings.start()
             await self._until_stopped(background)
         finally:
@@ -211,7 +238,7 @@ class Host:
             raise self._bug
 
     async def _end(self, background: Sequence[asyncio.Task[None]]) -> None:
-        self._state = "stopping"
+        self._shown.state = "stopping"
         self._stop.set()
         try:
             with suppress(TimeoutError):
@@ -246,54 +273,72 @@ class Host:
     # Starting an engine.
 
     async def _start(self) -> Session | None:
-        """Start an engine on the wanted policy, or on the last good one; None once told to stop."""
+        """Start an engine on what is wanted, or on the last good setup; None once told to stop."""
+        failed: Setup | None = None
         while not self._stop.is_set():
-            wanted = self._choice.wanted
+            orders, wanted = self._choice.orders, self._choice.wanted
             if wanted is None:
-                self._error = "no policy was published, and engine.model_path is not set"
-                log.info("waiting for a policy: %s", self._error)
-                await self._until_another_target()
+                self._shown.error = "no policy was published, and engine.model_path is not set"
+                log.info("waiting for a policy: %s", self._shown.error)
+                await self._until_other_orders(orders)
                 continue
-            if self._choice.last_good is None and await self._choice.failed_elsewhere(wanted):
+            if self._choice.last_good is None and await self._choice.failed_elsewhere(wanted.checkpoint):
                 continue  # the others serve what was there before it
+            setup = self._setup_now(wanted, failed)
             try:
-                return await unless(self._stop, self._open(wanted))
+                return await unless(self._stop, self._open(setup))
+            except CannotServe as error:
+                failed = setup
+                await self._could_not_start(orders, error.target if error.for_ever else None, str(error))
             except EngineUnavailable as error:
-                await self._could_not_start(wanted, error)
+                failed = setup
+                await self._could_not_start(orders, self._suspect(setup), str(error))
             except RedisError as error:  # nothing is wrong with the policy
-                log.warning("policy %d: %s; trying again", wanted.policy.version, error)
+                log.warning("policy %d: %s; trying again", setup.checkpoint.policy.version, error)
                 await self._owner.close()
                 await first_of(self._stop.wait(), timeout=BACKOFF_S)
         return None
 
-    async def _open(self, wanted: Target) -> Session:
-        changing = self._choice.last_good not in (None, wanted)
-        self._state = "changing" if changing else "starting"
-        engine = await self._owner.open(wanted.policy.checkpoint)
-        policy = wanted.policy
-        if not self._owner.controls_weights:
-            policy = await self._choice.policy_of(engine.facts.model_path, self._owner.url)
-        encoder = await asyncio.to_thread(_encoder_of, engine.facts.model_path)
-        session = self._session_of(engine, policy, encoder)
-        self._session, self._state = session, "serving"
-        self._failures, self._error = 0, ""
-        await self._choice.applied(wanted, policy)
+    def _setup_now(self, wanted: Wanted, failed: Setup | None) -> Setup:
+        """What to start on: what is not here yet is fetched while the last good one serves, unless that just failed."""
+        setup, before = wanted.setup(*self._lora), self._choice.last_good
+        if before in (None, failed) or not self._owner.controls_weights or self._opening.has(setup):
+            return setup
+        return before
+
+    async def _open(self, setup: Setup) -> Session:
+        changing = self._choice.last_good not in (None, setup)
+        self._shown.state = "changing" if changing else "starting"
+        self._shown.heading = None if setup.merged else setup.checkpoint.policy.version
+        self._shown.adapters = offer_of(setup).shown()
+        session = await self._opening.open(setup)
+        facts = session.engine.facts
+        self._lora = facts.lora, facts.adapter_slots
+        self._session, self._shown.state = session, "serving"
+        self._failures, self._shown.error, self._shown.heading = 0, "", None
+        self._choice.last_good = setup
+        applied = [target for target in setup.targets if target is not setup.checkpoint]
+        if setup.checkpoint.policy.same_source(session.policy):  # an attached engine may serve another
+            applied.append(setup.checkpoint)
+        await self._choice.applied(tuple(applied), self._owner.opened)
         await self._show()
         log.info(
             "serving policy %d with %s %s: %d requests at once, target %d samples",
-            policy.version,
-            engine.facts.version,
-            engine.facts.model_path,
-            engine.facts.max_running_requests,
+            session.policy.version,
+            facts.version,
+            facts.model_path,
+            facts.max_running_requests,
             session.target,
         )
         return session
 
-    def _session_of(self, engine: Engine, policy: Policy, encoder: PromptEncoder) -> Session:
-        target = concurrency_target(engine.facts.max_running_requests, self._settings.oversubscription)
+    def _session_of(self, engine: Engine, setup: Setup, offer: Offer, encoder: PromptEncoder) -> Session:
+        usual = concurrency_target(engine.facts.max_running_requests, self._settings.oversubscription)
+        target = self._choice.orders.limit.samples or usual
         generator = Generator(
             engine,
-            version=policy.version,
+            policy=offer.weights,
+            decode=encoder.decode,
             target=target,
             outlet=self._holdings,
             on_change=self._nudge,
@@ -305,7 +350,7 @@ class Host:
             reader=self._reader,
             keys=self._keys,
             consumer=self._me.consumer,
-            version=policy.version,
+            offer=offer,
             budgets=Budgets(attempts=self._settings.max_attempts, faults=self._settings.max_faults),
             unread_bound=self._settings.unread_mib << 20,
             encoder=encoder,
@@ -314,24 +359,31 @@ class Host:
             server_clock=self._server_clock,
             hold=self._holdings.hold,
             neighbours=self._neighbours,
-            paused=lambda: self.paused(),
+            paused=lambda: self.paused() or self._duties.paused or session.holding_back,
             on_backlog=self._observe,
         )
-        return Session(engine, policy, generator, puller, target)
+        session = Session(engine, setup, offer, generator, puller, usual, target)
+        return session
 
-    async def _could_not_start(self, wanted: Target, error: EngineUnavailable) -> None:
+    def _suspect(self, setup: Setup) -> Target | None:
+        """Which policy is new in a setup that does not start; None: all of it served before."""
+        before = self._choice.last_good.targets if self._choice.last_good else ()
+        new = [target for target in setup.targets if target not in before]
+        return new[0] if new else None
+
+    async def _could_not_start(self, orders: Orders, target: Target | None, reason: str) -> None:
         self._failures += 1
-        self._error = str(error)
+        self._shown.error = reason
         await self._owner.close()
-        log.error("policy %d: the engine does not start: %s", wanted.policy.version, error)
-        # An attached engine is not ours to start, and a restart on the policy that served before answers no command.
-        answers = self._owner.controls_weights and wanted != self._choice.last_good
-        if answers and await self._choice.failed(wanted, str(error)):
+        what = f"policy {target.policy.version}" if target else "the policy that served before"
+        log.error("%s: the engine does not start: %s", what, reason)
+        # An attached engine is not ours to start, and a restart on what served before answers no command.
+        if self._owner.controls_weights and target is not None and await self._choice.failed(target, reason):
             return  # at once: the policy before served well
-        self._state = "broken"
+        self._shown.state = "broken"
         await self._show()
         await self._turn.release()  # it may be broken for long, and the others can change meanwhile
-        await self._until_another_target(_backoff(self._failures))
+        await self._until_other_orders(orders, _backoff(self._failures))
 
     async def _after_death(self, session: Session) -> None:
         """Restart an engine that worked at once; one that dies before it makes a sample, after a pause that grows."""
@@ -340,35 +392,49 @@ class Host:
         if self._deaths:
             await first_of(self._stop.wait(), timeout=_backoff(self._deaths))
 
-    async def _until_another_target(self, timeout: float | None = None) -> None:
-        await first_of(self._choice.follower.changed(self._choice.newest), self._stop.wait(), timeout=timeout)
+    async def _until_other_orders(self, orders: Orders, timeout: float | None = None) -> None:
+        await first_of(self._choice.changed(orders), self._stop.wait(), timeout=timeout)
 
     # Serving.
 
     async def _serve(self, session: Session) -> Ending:
         pulling = asyncio.create_task(session.puller.run())
         dead = asyncio.create_task(self._until_dead(session))
-        turn = asyncio.create_task(self._turn_to_change(session))
+        change = asyncio.create_task(self._changes.until_restart(session))
         stop = asyncio.create_task(self._stop.wait())
         try:
-            await asyncio.wait([pulling, dead, turn, stop], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([pulling, dead, change, stop], return_when=asyncio.FIRST_COMPLETED)
             session.puller.stop()
             if dead.done():
-                self._state, self._error = "starting", dead.result()
-                log.error("the engine died: %s", self._error)
-                self._return_from_dead(session, self._error)
+                self._shown.state, self._shown.error = "starting", dead.result()
+                self._shown.heading = session.policy.version
+                log.error("the engine died: %s", self._shown.error)
+                self._return_from_dead(session, self._shown.error)
                 ending = Ending.DEAD
+            elif stop.done():
+                self._shown.state, ending = "stopping", Ending.STOP
+                await self._wind_down(session, dead, "drain")
             else:
-                self._state = "stopping" if stop.done() else "changing"
-                ending = Ending.STOP if stop.done() else Ending.CHANGE
-                await self._wind_down(session, dead)
+                ending = Ending.CHANGE
+                await self._leave_for(session, dead, change)
             await pulling  # its error, if it ended by one, is a bug that ends the host
             self._holdings.return_all(session.generator.abandon())  # what its last pull brought
             if ending is Ending.CHANGE:
-                turn.result()  # as above
+                change.result()  # as above
             return ending
         finally:
-            await cancelled([pulling, dead, turn, stop])
+            await cancelled([pulling, dead, change, stop])
+
+    async def _leave_for(self, session: Session, dead: asyncio.Task[str], change: asyncio.Task[Setup]) -> None:
+        """Wind down for another setup; or because pulling ended, which it never may."""
+        self._shown.state = "changing"
+        if not change.done() or change.exception() is not None:
+            await self._wind_down(session, dead, "drain")
+            return
+        setup = change.result()
+        self._shown.heading = setup.checkpoint.policy.version
+        await self._show()
+        await self._wind_down(session, dead, self._changes.mode_of(session, setup))
 
     async def _until_dead(self, session: Session) -> str:
         """Return the reason once the engine is dead, or answers but makes nothing."""
@@ -379,43 +445,18 @@ class Host:
         finally:
             await cancelled([dead, sick])
 
-    async def _turn_to_change(self, session: Session) -> None:
-        """Return once another policy is wanted and it is this host's turn; serving goes on meanwhile."""
-        while True:
-            target = self._choice.newest
-            if target is None or not self._is_change(target, session):
-                await self._choice.follower.changed(target)
-            elif not self._owner.controls_weights:
-                return  # the engine serves it already: nobody has to wait
-            else:
-                await self._turn.take()
-                # Waiting takes as long as the changes of the others: by now it may be another, or have failed there.
-                if self._choice.newest == target and await self._may_try(target):
-                    return
-                await self._turn.release()
-
-    def _is_change(self, target: Target, session: Session) -> bool:
-        """True when the engine has to change for `target`, or, attached, is known to serve it by now."""
-        known = self._owner.controls_weights or target.policy.checkpoint == session.engine.facts.model_path
-        return known and self._choice.is_change(target, session.policy)
-
-    async def _may_try(self, target: Target) -> bool:
-        """False when `target` is known not to start; found out here, it costs the engine that serves nothing."""
-        if reason := await self._choice.failed_elsewhere(target):
-            self._error = reason
-            return False
-        try:
-            await self._owner.check(target.policy.checkpoint)
-        except EngineUnavailable as error:
-            self._error = f"policy {target.policy.version} is not tried: {error}"
-            log.error("%s", self._error)
-            await self._choice.failed(target, str(error))
-            return False
-        return True
-
-    async def _wind_down(self, session: Session, dead: asyncio.Task[str]) -> None:
-        """Let what was started finish, for a while; the rest goes to other hosts now."""
+    async def _wind_down(self, session: Session, dead: asyncio.Task[str], mode: ChangeMode) -> None:
+        """Have the work in flight leave, as the mode says."""
         self._holdings.return_all(session.generator.abandon(started=False))
+        if mode == "drain":
+            await self._drained(session, dead)
+        if dead.done():
+            self._return_from_dead(session, dead.result())
+        keeps = mode != "requeue" and not self._cut_short.is_set()
+        leaving = await session.generator.interrupt() if keeps else session.generator.abandon()
+        self._holdings.return_all(leaving)
+
+    async def _drained(self, session: Session, dead: asyncio.Task[str]) -> None:
         drained = asyncio.create_task(session.generator.drain())
         cut_short = asyncio.create_task(self._cut_short.wait())
         try:
@@ -424,9 +465,6 @@ class Host:
             )
         finally:
             await cancelled([drained, cut_short])
-        if dead.done():
-            self._return_from_dead(session, dead.result())
-        self._holdings.return_all(session.generator.abandon())
 
     def _return_from_dead(self, session: Session, reason: str) -> None:
         self._holdings.return_all(session.generator.abandon(started=False))
@@ -474,13 +512,3 @@ class Host:
 def _backoff(failures: int) -> float:
     """Seconds to wait after so many failures in a row."""
     return float(min(BACKOFF_S * 2 ** min(failures - 1, 16), BACKOFF_MOST_S))
-
-
-def _encoder_of(model_path: str) -> PromptEncoder:
-    try:
-        return PromptEncoder(model_path)
-    except Exception as error:  # whatever is wrong with its files, the policy cannot be served
-        raise EngineUnavailable(
-            f"the tokenizer of {model_path} does not load ({type(error).__name__}: {error}); publish a checkpoint "
-            "whose tokenizer.json, tokenizer_config.json, chat_template.jinja and config.json are whole"
-        ) from error

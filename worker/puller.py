@@ -21,6 +21,7 @@ from rollpool.worker.credits import MeanN, jobs_wanted
 from rollpool.worker.generator import Generator
 from rollpool.worker.heartbeat import Neighbours
 from rollpool.worker.held import NO_IDS, HeldJob
+from rollpool.worker.policy.offer import Offer
 from rollpool.worker.settler import Settler
 from rollpool.worker.suspects import admitted
 from rollpool.worker.tokenizer import PromptEncoder, PromptRefused, needs_thread
@@ -40,7 +41,7 @@ UNSETTLED_LIMIT = 1024
 
 
 class Puller:
-    """The pulling side of one host, for as long as it serves one policy version."""
+    """The pulling side of one engine."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Puller:
         reader: Redis,
         keys: Keys,
         consumer: str,
-        version: int,
+        offer: Offer,
         budgets: Budgets,
         unread_bound: int,
         encoder: PromptEncoder,
@@ -66,7 +67,7 @@ class Puller:
         self._reader = reader
         self._keys = keys
         self._consumer = consumer
-        self._version = version
+        self._offer = offer
         self._budgets = budgets
         self._unread_bound = unread_bound
         self._encoder = encoder
@@ -89,6 +90,11 @@ class Puller:
         #: Monotonic seconds since which the pool had nothing for this host; None while it has, while it may not be
         #: asked, and before it was.
         self.idle_since: float | None = None
+
+    def serve(self, offer: Offer, encoder: PromptEncoder | None = None) -> None:
+        """Pull for these policies from now on, with another tokenizer where they have one."""
+        self._offer, self._encoder = offer, encoder or self._encoder
+        self.nudge()
 
     def nudge(self) -> None:
         """Credits or settlements changed."""
@@ -121,10 +127,9 @@ class Puller:
         pulled = await pull(
             self._client,
             self._keys,
-            runs=self._runs,
+            offers=[self._offer.for_run(run) for run in self._runs],
             consumer=self._consumer,
             wanted=wanted,
-            version=self._version,
             unread_bound=self._unread_bound,
         )
         entries = pulled.entries
@@ -132,7 +137,8 @@ class Puller:
         if not entries:
             if self.idle_since is None and not self._generator.jobs and not self._settler.unconfirmed:
                 self.idle_since = self._clock()
-            entries = await self._wait_for_jobs([run for run in self._runs if run not in pulled.full])
+            open_runs = [run for run in self._runs if run not in pulled.full]
+            entries = await self._wait_for_jobs([run for run in open_runs if self._offer.policies(run)])
         if entries:
             self.idle_since = None
             await self._take(entries)
@@ -198,7 +204,7 @@ class Puller:
             verdict = triage(
                 entry,
                 worker=self._worker,
-                version=self._version,
+                offer=self._offer,
                 now_ms=self._server_clock.now_ms(),
                 budgets=self._budgets,
             )
@@ -206,7 +212,7 @@ class Puller:
                 self._bury(entry, verdict.error)
                 continue
             self._mean_n.add(verdict.job.n)
-            held = HeldJob.of(entry, verdict.job, now)
+            held = self._held(entry, verdict, now)
             held_jobs.append((held, verdict))
         self._hold([held for held, _ in held_jobs])
         for held, verdict in held_jobs:
@@ -215,6 +221,14 @@ class Puller:
             else:
                 await self._turn_away(held, verdict)
         await self._start(running)
+
+    def _held(self, entry: Entry, verdict: Run | Avoid | Park | Passed | Expire | Fail, now: float) -> HeldJob:
+        if not isinstance(verdict, Run | Avoid):
+            return HeldJob.of(entry, verdict.job, now)
+        policy = verdict.policy
+        held = HeldJob.of(entry, verdict.job, now, generation=policy.generation)
+        held.adapter, held.version = self._offer.adapter_of(policy), policy.version
+        return held
 
     async def _must_run_here(self, verdict: Verdict) -> bool:
         if not isinstance(verdict, Avoid):
@@ -233,10 +247,11 @@ class Puller:
                 self._settler.settle(held, self._dropped(held, "expired", "its deadline was over when it was pulled"))
             case Fail(error=error):
                 self._settler.settle(held, self._dropped(held, "failed", error), dead=error)
-            case Passed(job=job) if await self._ask(self._neighbours.anyone_serves(job.policy_version)):
+            case Passed(job=job) if await self._ask(self._neighbours.anyone_serves(job.run, job.policy_version)):
                 self._settler.give_back(held, exact(job.policy_version))
             case Passed(job=job):
-                reason = f"exact job for policy {job.policy_version}: no host serves it, this one is on {self._version}"
+                here = self._offer.newest(job.run)
+                reason = f"exact job for policy {job.policy_version}: no host serves it, this one is on {here}"
                 self._settler.settle(held, self._dropped(held, "stale", reason))
 
     async def _settle_with_what_is_there(self, held: HeldJob) -> None:

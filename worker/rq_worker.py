@@ -30,6 +30,7 @@ from rollpool.worker.engines.owner import owner_for
 from rollpool.worker.host import Host
 from rollpool.worker.incarnation import process_ended
 from rollpool.worker.settings import PREFIX, load_settings
+from rollpool.worker.sources import Sources
 
 #: Seconds between looks at what RQ wants: its own worker looks as often.
 TICK_S = 1.0
@@ -94,7 +95,10 @@ class RolloutWorker(SimpleWorker):
         if len(names) != 1:
             raise SettingsError(f"one worker serves one pool, not {len(names)}: rq worker … POOL (got {names})")
         settings = load_settings()
-        owner = owner_for(settings.engine, settings.log_dir / f"engine-{self.name}.log")
+        sources = Sources(
+            settings.stage_dir, roots=settings.model_roots, budget_bytes=int(settings.stage_gib * (1 << 30))
+        )
+        owner = owner_for(settings.engine, settings.log_dir / f"engine-{self.name}.log", sources)
         return Host(settings.url or _url_of(self.connection), names[0], self.name, settings, owner)
 
     async def _serve(self, host: Host, *, burst: bool, max_jobs: int | None, max_idle_time: int | None) -> None:

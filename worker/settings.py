@@ -16,7 +16,7 @@ from pydantic_settings import (
 )
 from pydantic_settings import SettingsError as EnvSettingsError
 
-from rollpool.schemas import SettingsError
+from rollpool.schemas import ChangeMode, SettingsError
 from rollpool.worker.engines.settings import EngineSettings
 
 PREFIX = "ROLLPOOL_"
@@ -59,6 +59,15 @@ class WorkerSettings(BaseSettings):
     #: Work in flight may finish for so long before a stop or a policy change gives it back. Preemption of a TPU VM
     #: leaves 30 s in all.
     drain_s: float = Field(default=20.0, ge=0.0, le=86400.0)
+    #: What becomes of the work in flight when the weights change, where the command does not say: `resume` throws no
+    #: token away, and keeps the host no longer than `requeue`.
+    change_mode: ChangeMode = "resume"
+    #: Directories and URLs that policies may come from, and what is under them; empty: from anywhere.
+    model_roots: tuple[str, ...] = ()
+    #: Where remote policies are fetched to, and adapters are merged: a local disk with room for two checkpoints.
+    stage_dir: Path = Path("/tmp/rollpool/staged")
+    #: GiB of that directory that may be used; 0: what its disk has, less a tenth.
+    stage_gib: float = Field(default=0.0, ge=0.0)
     #: Version of `engine.model_path`, served until a policy is published.
     initial_version: int = Field(default=0, ge=0)
     #: Directory of the engine's log.

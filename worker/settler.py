@@ -90,9 +90,9 @@ class Settler:
         self._added()
 
     def give_back(self, held: HeldJob, place: Place = READY, *, record: Record | None = None) -> None:
-        """Give a job back, with its finished samples; `record` says what it cost, without one it was a planned move."""
+        """Give a job back, with what was made of it; `record` says what it cost, without one it was a planned move."""
         held.left = True
-        done = _encoded(held) if held.samples else b""
+        done = _encoded(held) if held.samples or held.pieces else b""
         self._returns.append(GiveBack(entry=held.entry, record=record or held.record, place=place, done=done))
         self._added()
 
@@ -177,9 +177,9 @@ def _is_final(error: RedisError) -> bool:
 
 
 def _encoded(held: HeldJob) -> bytes:
-    """Its finished samples; none where they cannot be encoded: they are made again, and judged when they settle."""
+    """What was made of it; none where it cannot be encoded: it is made again, and judged when it settles."""
     try:
-        return pack_samples(held.samples)
+        return pack_samples({**held.pieces, **held.samples}, held.generation)
     except (TypeError, ValueError, OverflowError):
         return b""
 

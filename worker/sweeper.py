@@ -7,7 +7,7 @@ its lane or gets its outcome by a script that may be repeated.
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from redis import Redis
 from redis.exceptions import ResponseError
@@ -16,6 +16,7 @@ from rollpool.schemas.connection import runs_now
 from rollpool.schemas.keys import GROUP, Keys
 from rollpool.schemas.scripts import expire, reclaim, sweep
 from rollpool.schemas.scripts.leases import RECLAIM_AT_MOST
+from rollpool.schemas.status import SERVING_FIELDS, Serving
 from rollpool.worker.incarnation import Incarnation
 from rollpool.worker.suspects import history_line
 
@@ -66,15 +67,14 @@ class Sweeper:
 
     def sweep(self, now: float) -> None:
         """Return what was not renewed for a lease, and end what nobody will; `now` in monotonic seconds."""
-        for stream in self._streams():
+        runs = runs_now(self._client, self._keys)
+        for stream in self._keys.streams(runs):
             count = self._return_all(stream, idle_ms=int(1000 * self._lease_s), why="its worker's lease ended")
             if count:
                 log.warning("leases: returned %d jobs of lost workers to %s", count, stream)
-        if now - self._tidied_at >= TIDY_S or self._client.exists(self._keys.exact):
+        if now - self._tidied_at >= TIDY_S or self._any_exact(runs):
             self._tidied_at = now
-            swept = sweep(self._client, self._keys, served=self._versions_served())
-            if swept.ended:
-                log.info("%d exact jobs are stale: no host serves their policy any more", swept.ended)
+            self._tidy()
 
     def expire(self) -> None:
         """End the jobs whose deadline is over, wherever they are."""
@@ -89,6 +89,18 @@ class Sweeper:
             for consumer in self._consumers(stream)
             if self._is_ended_predecessor(consumer)
         )
+
+    def _any_exact(self, runs: Sequence[str]) -> bool:
+        return bool(runs) and bool(self._client.exists(*map(self._keys.exact, runs)))
+
+    def _tidy(self) -> None:
+        hosts = self._hosts()
+        # A checkpoint that a host is on its way to counts too: the only host on a version may be restarting its engine.
+        served = {version for host in hosts for version in (host.policy, host.heading) if version is not None}
+        adapters = {(run, version) for host in hosts for run, versions in host.adapters.items() for version in versions}
+        swept = sweep(self._client, self._keys, served=served, adapters=adapters)
+        if swept.ended:
+            log.info("%d exact jobs are stale: no host serves their policy any more", swept.ended)
 
     def _streams(self) -> list[str]:
         """Asked anew each time: a host with its hands full pulls nothing, and hears of no new run by itself."""
@@ -120,12 +132,12 @@ class Sweeper:
             if count < RECLAIM_AT_MOST:
                 return total
 
-    def _versions_served(self) -> set[int]:
-        """What the listed hosts serve; what somebody made up is nobody's."""
+    def _hosts(self) -> list[Serving]:
+        """The listed hosts; what somebody made up is none."""
         keys = list(self._client.scan_iter(match=self._keys.worker("*"), count=_PAGE))
         with self._client.pipeline(transaction=False) as pipe:
             for key in keys:
-                pipe.hget(key, "policy")
+                pipe.hmget(key, SERVING_FIELDS)
             found = pipe.execute(raise_on_error=False)
-        # So short because Python refuses to read numbers of thousands of digits.
-        return {int(seen) for seen in found if isinstance(seen, bytes) and seen.isdigit() and len(seen) < 20}
+        hosts = (Serving.read(values) for values in found if isinstance(values, list))
+        return [host for host in hosts if host is not None]

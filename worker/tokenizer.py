@@ -136,6 +136,10 @@ class PromptEncoder:
             raise PromptRefused("the prompt has no tokens")
         return np.asarray(ids, dtype=np.int32)
 
+    def decode(self, ids: NDArray[np.int32]) -> str:
+        """Text of what was generated, special tokens included; empty where there is no tokenizer."""
+        return "" if self._tokenizer is None else str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+
 
 def needs_thread(job: PromptJob) -> bool:
     """True when encoding may take long enough to delay the event loop; ids are only looked at."""

@@ -1,14 +1,15 @@
 """What to do with a pulled entry. Pure: no I/O, time passed in.
 
 Invariant: no entry makes it past here that this host must not run: bodies that are not jobs, jobs past their
-deadline or budget, and jobs whose tag forbids the policy served.
+deadline or budget, and jobs whose tag forbids the policies served.
 """
 
 from dataclasses import dataclass
 
-from rollpool.schemas import PromptJob, SchemaMismatch
+from rollpool.schemas import Policy, PromptJob, SchemaMismatch
 from rollpool.schemas.scripts import Entry, Record
 from rollpool.schemas.wire import unpack_job
+from rollpool.worker.policy.offer import Offer
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +24,10 @@ class Budgets:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Run it here."""
+    """Run it here, on this policy."""
 
     job: PromptJob
+    policy: Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,12 @@ class Avoid:
     """Run it here only where no other host can: it was lost here before, and is in danger of ending dead."""
 
     job: PromptJob
+    policy: Policy
 
 
 @dataclass(frozen=True, slots=True)
 class Park:
-    """Leave it for a host that serves `version` or newer."""
+    """Leave it for a host that serves `version` or newer to its run."""
 
     job: PromptJob
     version: int
@@ -75,13 +78,13 @@ class Bury:
 Verdict = Run | Avoid | Park | Passed | Expire | Fail | Bury
 
 
-def triage(entry: Entry, *, worker: str, version: int, now_ms: int, budgets: Budgets) -> Verdict:
-    """Judge one entry for a host that serves policy `version`.
+def triage(entry: Entry, *, worker: str, offer: Offer, now_ms: int, budgets: Budgets) -> Verdict:
+    """Judge one entry for a host.
 
     Args:
         entry: as pulled.
         worker: name of this host's worker.
-        version: the policy version this host serves.
+        offer: the policies that this host serves.
         now_ms: server time, milliseconds.
         budgets: what a job may cost before it is dead.
     """
@@ -98,9 +101,10 @@ def triage(entry: Entry, *, worker: str, version: int, now_ms: int, budgets: Bud
     record = entry.record
     if why := _used_up(record, budgets):
         return Fail(job, why)
-    if job.may_run_on(version):
-        return Avoid(job) if _in_danger(record, worker) else Run(job)
-    if version < job.oldest_version:
+    if policy := offer.choose(job):
+        return Avoid(job, policy) if _in_danger(record, worker) else Run(job, policy)
+    newest = offer.newest(job.run)
+    if newest is None or newest < job.oldest_version:
         return Park(job, job.oldest_version)
     return Passed(job)
 

@@ -9,6 +9,7 @@ import typer
 import typer.core
 
 from rollpool.ops.cli.asking import AsJson, Pool, Url
+from rollpool.ops.cli.control import control
 from rollpool.ops.cli.dead import dead
 from rollpool.schemas import RollpoolError
 from rollpool.schemas.connection import DEFAULT_POOL, DEFAULT_URL
@@ -78,6 +79,23 @@ def doctor(
     show_report(url, pool, quiescent=quiescent, named=named, as_json=as_json)
 
 
+@app.command()
+def policies(
+    url: Url = DEFAULT_URL,
+    pool: Pool = DEFAULT_POOL,
+    acks: Annotated[bool, typer.Option("--acks", help="Also what each live host answered last.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show every published policy, which ones are current, and how many hosts serve each.
+
+    Example: rollpool policies --acks
+    """
+    from rollpool.ops.cli.policies import show_policies
+
+    show_policies(url, pool, acks=acks, as_json=as_json)
+
+
+app.add_typer(control, name="control")
 app.add_typer(dead, name="dead")
 
 

@@ -4,8 +4,11 @@ Written from the published architecture, not from any engine: the Qwen3 technica
 section 2: "Architecture") and Hugging Face `transformers`, `models/qwen3/modeling_qwen3.py`. Everything is
 float32.
 
-Invariant: the logits at a position are a function of the tokens up to that position and of the checkpoint,
-and of nothing else.
+An adapter (LoRA) is applied as peft's documentation defines it: each matrix that it is on becomes
+`W + lora_alpha / r * B @ A`. Nothing here is shared with what merges adapters for engines.
+
+Invariant: the logits at a position are a function of the tokens up to that position and of the checkpoint with its
+adapter, and of nothing else.
 
 Beside a busy engine run it with `OPENBLAS_NUM_THREADS=1`: with more, its threads wait for one another in
 loops that the engine's threads keep interrupting.
@@ -14,7 +17,7 @@ loops that the engine's threads keep interrupting.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
+
+from rollpool.schemas.results import Sample
 
 Floats = npt.NDArray[np.float32]
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -83,6 +88,32 @@ class ReferenceModel:
             weights.update({name: value.astype(np.float32) for name, value in load_file(file).items()})
         return cls(config, weights)
 
+    def with_adapter(self, path: Path) -> ReferenceModel:
+        """The same checkpoint with an adapter on it.
+
+        Args:
+            path: Holds adapter_config.json and adapter_model.safetensors, in peft's layout.
+
+        Raises:
+            ValueError: The adapter is not plain LoRA, so that the formula is not its own.
+            KeyError: It is on a matrix that the checkpoint does not have.
+        """
+        path = Path(path)
+        config = json.loads((path / "adapter_config.json").read_text())
+        for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+            if config.get(key):
+                raise ValueError(f"this oracle has no {key}; the adapter sets it to {config[key]!r}")
+        scale = np.float32(config["lora_alpha"] / config["r"])
+        matrices = load_file(path / "adapter_model.safetensors")
+        weights = dict(self._weights)
+        for name, b in matrices.items():
+            module, is_b, _ = name.removeprefix("base_model.model.").partition(".lora_B.weight")
+            if is_b:
+                a = matrices[name.replace(".lora_B.", ".lora_A.")]
+                change = b.astype(np.float32) @ a.astype(np.float32)
+                weights[f"{module}.weight"] = weights[f"{module}.weight"] + scale * change
+        return ReferenceModel(self.config, weights)
+
     def logits(self, ids: Ids) -> Floats:
         """Compute next-token logits at every position of one sequence.
 
@@ -108,6 +139,14 @@ class ReferenceModel:
         Raises:
             ValueError: The prompt is empty, or the temperature is not positive.
         """
+        return of_tokens(self.table(prompt_ids, output_ids, temperature=temperature), output_ids)
+
+    def table(self, prompt_ids: Ids, output_ids: Ids, *, temperature: float = 1.0) -> Floats:
+        """Score every token of the vocabulary in the place of each output token; as `logprobs`.
+
+        Returns:
+            `[N, V]`.
+        """
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}; it must be positive")
         prompt, output = np.asarray(prompt_ids, dtype=np.int64), np.asarray(output_ids, dtype=np.int64)
@@ -115,9 +154,7 @@ class ReferenceModel:
             raise ValueError("the prompt is empty; the first output token has no prefix to be scored on")
         # The last token is only ever scored, never looked at.
         hidden = self._hidden_states(np.concatenate([prompt, output])[:-1])
-        table = log_softmax(self._head(hidden[len(prompt) - 1 :]) / np.float32(temperature))
-        result: Floats = np.take_along_axis(table, output[:, None], axis=-1)[:, 0]
-        return result
+        return log_softmax(self._head(hidden[len(prompt) - 1 :]) / np.float32(temperature))
 
     def logprobs_batch(self, samples: Sequence[tuple[Ids, Ids]], *, temperature: float = 1.0) -> list[Floats]:
         """Score many samples.
@@ -197,6 +234,44 @@ class ReferenceModel:
         silu = gate / (1 + np.exp(-gate))
         result: Floats = (silu * up) @ self._weights[prefix + "down_proj.weight"].T
         return result
+
+
+def check_sample(
+    models: Mapping[int, ReferenceModel], prompt_ids: Ids, sample: Sample, *, temperature: float = 1.0
+) -> float:
+    """Compute anew every token's log-prob by the policy whose version span it is in; how far off the sample is.
+
+    Args:
+        models: By policy version.
+        prompt_ids: `[P]`, at least one token.
+        sample: Of that prompt. A token is scored on the prompt and on all tokens before it, whoever made those.
+        temperature: It was sampled with. 0 is greedy sampling: log-probs are then those of temperature 1, and each
+            token must be the most likely one of its policy.
+
+    Returns:
+        The largest of all absolute differences between the sample's log-probs and these; and for greedy sampling of
+        what the most likely token is ahead of each token, which is 0 where it is the token. Infinite where the sample
+        has what is not a number.
+
+    Raises:
+        KeyError: A span names a version that has no model.
+    """
+    errors = [np.zeros(1)]
+    for span in sample.version_spans:
+        part = slice(span.start, span.end)
+        before = np.concatenate([np.asarray(prompt_ids), sample.output_ids[: span.start]])
+        table = models[span.version].table(before, sample.output_ids[part], temperature=temperature or 1.0)
+        again = of_tokens(table, sample.output_ids[part])
+        errors.append(np.abs(again - sample.logprobs[part]))
+        if temperature == 0:
+            errors.append(table.max(axis=-1) - again)
+    return float(np.nan_to_num(np.concatenate(errors), nan=np.inf, posinf=np.inf).max())
+
+
+def of_tokens(table: Floats, ids: Ids) -> Floats:
+    """Take each token's own value: `[N, V]` and `[N]` to `[N]`."""
+    result: Floats = np.take_along_axis(table, np.asarray(ids, dtype=np.int64)[:, None], axis=-1)[:, 0]
+    return result
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ Weights = dict[str, npt.NDArray[np.float32]]
 
 # Raised whenever the same parameters would give other files, so that an old directory is not taken for new.
 _FORMAT = 1
-_STAMP = "rollpool_tiny_model.json"
 
 VOCAB_SIZE = 512
 HIDDEN_SIZE = 256
@@ -72,60 +71,89 @@ def make_tiny_model(path: Path, *, seed: int, scale: float = DEFAULT_SCALE) -> P
     Raises:
         FileExistsError: `path` holds something else: another seed, another scale, or not such a model.
     """
-    path = Path(path)
     stamp = {"format": _FORMAT, "seed": seed, "scale": scale}
-    if _is_made(path, stamp):
+
+    def write(directory: Path) -> None:
+        _write_checkpoint(directory, seed=seed, scale=scale)
+
+    return complete_directory(path, stamp, write, what="a tiny model")
+
+
+def complete_directory(path: Path, stamp: dict[str, Any], write: Callable[[Path], None], *, what: str) -> Path:
+    """Make a directory whole or not at all, or find it made from the same parameters.
+
+    Args:
+        path: The directory. Its parent is made too.
+        stamp: The parameters; kept in the directory, by which it is known again.
+        write: Writes the files into an empty directory.
+        what: It is, in words: `a tiny model`.
+
+    Raises:
+        FileExistsError: `path` holds something else, or the same of other parameters.
+    """
+    path = Path(path)
+    if _is_made(path, stamp, what):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        _write_checkpoint(temporary, seed=seed, scale=scale)
-        _write_json(temporary / _STAMP, stamp)
+        write(temporary)
+        _flush(temporary)
+        write_json(temporary / stamp_name(what), stamp)
         temporary.chmod(0o755)
-        _rename_or_find(temporary, path, stamp)
+        _rename_or_find(temporary, path, stamp, what)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
-def _is_made(path: Path, stamp: dict[str, Any]) -> bool:
-    """Tell whether `path` is the model of this stamp; raise if it is anything else."""
+def stamp_name(what: str) -> str:
+    """The file that the parameters of `a tiny model` and the like are in."""
+    return f"rollpool_{what.removeprefix('a ').replace(' ', '_')}.json"
+
+
+def _is_made(path: Path, stamp: dict[str, Any], what: str) -> bool:
+    """Tell whether `path` is what was made with this stamp; raise if it is anything else."""
     if not path.exists():
         return False
     try:
-        found = json.loads((path / _STAMP).read_text())
+        found = json.loads((path / stamp_name(what)).read_text())
     except (OSError, ValueError):
         found = None
     if found == stamp:
         return True
     if path.is_dir() and not any(path.iterdir()):
         return False  # An empty directory may be renamed over.
-    what = f"a tiny model of {found}" if found else "something that is not a tiny model"
-    raise FileExistsError(f"{path} already holds {what}; wanted {stamp}. Name another directory or remove it.")
+    holds = f"{what} of {found}" if found else f"something that is not {what}"
+    raise FileExistsError(f"{path} already holds {holds}; wanted {stamp}. Name another directory or remove it.")
 
 
-def _rename_or_find(temporary: Path, path: Path, stamp: dict[str, Any]) -> None:
-    """Put the finished directory in place, unless another process was first with the same model."""
+def _rename_or_find(temporary: Path, path: Path, stamp: dict[str, Any], what: str) -> None:
+    """Put the finished directory in place, unless another process was first with the same."""
     try:
         temporary.rename(path)
     except OSError:
-        if not _is_made(path, stamp):
+        if not _is_made(path, stamp, what):
             raise
 
 
-def _write_checkpoint(directory: Path, *, seed: int, scale: float) -> None:
-    save_file(dict(_draw_weights(seed, scale)), directory / "model.safetensors", metadata={"format": "pt"})
-    _write_json(directory / "config.json", _model_config())
-    _write_json(directory / "generation_config.json", _generation_config())
-    tiny_tokenizer().save(str(directory / "tokenizer.json"))
-    _write_json(directory / "tokenizer_config.json", _tokenizer_config())
+def _flush(directory: Path) -> None:
     for file in directory.iterdir():
         file.chmod(0o644)  # safetensors makes its file private; the engine may run as another user.
         with file.open("rb") as written:
             os.fsync(written.fileno())  # Else a crash of the machine could leave a complete name and no bytes.
 
 
-def _write_json(file: Path, value: dict[str, Any]) -> None:
+def _write_checkpoint(directory: Path, *, seed: int, scale: float) -> None:
+    save_file(dict(_draw_weights(seed, scale)), directory / "model.safetensors", metadata={"format": "pt"})
+    write_json(directory / "config.json", _model_config())
+    write_json(directory / "generation_config.json", _generation_config())
+    tiny_tokenizer().save(str(directory / "tokenizer.json"))
+    write_json(directory / "tokenizer_config.json", _tokenizer_config())
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Write an object as people read it."""
     file.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -139,10 +167,10 @@ def _draw_weights(seed: int, scale: float) -> Iterator[tuple[str, npt.NDArray[np
     rng = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int, deviation: float) -> npt.NDArray[np.float32]:
-        return _as_bfloat16(rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(deviation))
+        return as_bfloat16(rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(deviation))
 
     def norm(size: int, mean: float) -> npt.NDArray[np.float32]:
-        return _as_bfloat16(rng.uniform(0.5 * mean, 1.5 * mean, size).astype(np.float32))
+        return as_bfloat16(rng.uniform(0.5 * mean, 1.5 * mean, size).astype(np.float32))
 
     yield "model.embed_tokens.weight", matrix(VOCAB_SIZE, HIDDEN_SIZE, 1.0)
     for layer in range(NUM_LAYERS):
@@ -173,7 +201,7 @@ def _draw_weights(seed: int, scale: float) -> Iterator[tuple[str, npt.NDArray[np
     yield "lm_head.weight", head
 
 
-def _as_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def as_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Round to what bfloat16 can hold, keeping float32: an engine that loads in either sees the same weights."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)  # To nearest, ties to even.

@@ -152,6 +152,19 @@ class Batch:
             self._running.clear()
             self._ends.clear()
 
+    def retract(self, now: float, stall_s: float) -> dict[int, int]:
+        """Put what runs back into the queue, first, stand for a while, and go on; call `advance` first.
+
+        Returns:
+            The tokens that each request has.
+        """
+        paused = self._paused
+        self.pause(retract=True)
+        made = {sequence.request.key: sequence.done for sequence in self._waiting}
+        if not paused:
+            self.resume(now + stall_s)
+        return made
+
     def resume(self, now: float) -> None:
         """Go on."""
         if self._paused:

@@ -39,6 +39,7 @@ class SchedulerLink:
         self._ended = ended
         self._numbers = itertools.count()
         self._questions: dict[int, asyncio.Future[Json]] = {}
+        self._at_once: dict[int, Callable[[Json], None]] = {}
         self._gone = False
         self.heard_at = time.monotonic()
         self._listening = asyncio.create_task(self._listen())
@@ -77,10 +78,18 @@ class SchedulerLink:
         """End a request."""
         self._say(["abort", number])
 
-    async def ask(self, what: str, *details: str) -> Json:
-        """Its answer to `state`, `pause` or `resume`."""
+    async def ask(self, what: str, *details: Any, at_once: Callable[[Json], None] | None = None) -> Json:
+        """Its answer to `state`, `pause`, `resume`, `change` or `flush`.
+
+        Args:
+            what: the question.
+            details: what belongs to it.
+            at_once: called with the answer before anything is heard that the scheduler said after it.
+        """
         number = next(self._numbers)
         self._questions[number] = asyncio.get_running_loop().create_future()
+        if at_once is not None:
+            self._at_once[number] = at_once
         self._say([what, number, *details])
         try:
             return await self._questions[number]
@@ -111,8 +120,15 @@ class SchedulerLink:
                 what, number, told = json.loads(line)
                 if what == "ended":
                     self._ended(number, told)
-                elif (question := self._questions.get(number)) is not None and not question.done():
-                    question.set_result(told)
+                else:
+                    self._answered(number, told)
         except ConnectionError:
             pass
         self._gone = True
+
+    def _answered(self, number: int, told: Json) -> None:
+        """Hand on an answer; what is to be done at once is done even when whoever asked is gone."""
+        if (at_once := self._at_once.pop(number, None)) is not None:
+            at_once(told)
+        if (question := self._questions.get(number)) is not None and not question.done():
+            question.set_result(told)

@@ -4,6 +4,7 @@ Run by path. Invariant: standard output is exactly one JSON object, of the same 
 """
 
 import json
+import os
 import platform
 
 
@@ -17,7 +18,7 @@ def main() -> None:
         "devices": 1,
         "msgpack_ok": True,
         "single_process": False,
-        "lora": False,
+        "lora": "SIM_LORA" in os.environ,  # as `settings.LORA_ENV`
     }
     print(json.dumps(facts), flush=True)
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rollpool.ops.sim.arguments import VERSION, Arguments
-from rollpool.ops.sim.tokens import LOGPROB_STEP, LOGPROB_STEPS, logprob_places
+from rollpool.ops.sim.pieces import Made
+from rollpool.ops.sim.tokens import LOGPROB_STEP, LOGPROB_STEPS
 
 Json = dict[str, Any]
 
@@ -46,6 +47,8 @@ class Asked:
     max_new_tokens: int
     ignore_eos: bool
     logprobs: bool
+    #: Name of an adapter.
+    lora: str | None = None
 
 
 def read_generate(body: Any, rid: str, context_length: int) -> Asked:
@@ -63,8 +66,8 @@ def read_generate(body: Any, rid: str, context_length: int) -> Asked:
         raise RefusedError("The body is no JSON object.")
     if body.get("stream"):
         raise RefusedError("The simulated engine does not stream.")
-    if body.get("lora_path") is not None:
-        raise RefusedError(f"Got LoRA adapter that has never been loaded: {body['lora_path']}")
+    if not isinstance(lora := body.get("lora_path"), str | None):
+        raise RefusedError("The simulated engine takes one lora_path a request.")
     sampling = body.get("sampling_params") or {}
     if not isinstance(sampling, dict):
         raise RefusedError("sampling_params is no JSON object.")
@@ -76,6 +79,7 @@ def read_generate(body: Any, rid: str, context_length: int) -> Asked:
             max_new_tokens=_count(sampling, "max_new_tokens", DEFAULT_NEW_TOKENS),
             ignore_eos=bool(sampling.get("ignore_eos")),
             logprobs=bool(body.get("return_logprob")),
+            lora=lora,
         ),
         context_length,
     )
@@ -153,9 +157,17 @@ def finish_reason(output_ids: Sequence[int], kind: Literal["stop", "length", "ab
     return {"type": "abort", "message": "Aborted by AbortReq."}
 
 
-def generated(asked: Asked, signature: int, output_ids: NDArray[np.int32], reason: Json, latency_s: float) -> bytes:
-    """The reply of `/generate`; the long lists are put together as text, which costs the least."""
-    ids = output_ids.tolist()
+def generated(asked: Asked, made: Made, reason: Json, latency_s: float, versions: list[Json] | None = None) -> bytes:
+    """The reply of `/generate`; the long lists are put together as text, which costs the least.
+
+    Args:
+        asked: the request.
+        made: its tokens.
+        reason: why there are no more.
+        latency_s: how long it took.
+        versions: of the weights that made them; None: of an engine that does not tell.
+    """
+    ids = made.ids.tolist()
     meta = {
         "id": asked.rid,
         "finish_reason": reason,
@@ -164,10 +176,9 @@ def generated(asked: Asked, signature: int, output_ids: NDArray[np.int32], reaso
         "cached_tokens": 0,
         "e2e_latency": round(latency_s, 4),
     }
-    written = json.dumps(meta)[:-1]
+    written = json.dumps(_versioned(meta, versions))[:-1]
     if asked.logprobs:
-        places = logprob_places(signature, asked.prompt_ids, output_ids).tolist()
-        written += f',"output_token_logprobs":[{",".join(_rows(ids, places))}]'
+        written += f',"output_token_logprobs":[{",".join(_rows(ids, made.places.tolist()))}]'
     return f'{{"text":"{text_of(len(ids))}","output_ids":{ids},"meta_info":{written}}}}}'.encode()
 
 
@@ -178,13 +189,15 @@ def _rows(ids: list[int], places: list[int]) -> list[str]:
     return repeated + rows
 
 
-def aborted_in_queue(rid: str) -> Json:
+def _versioned(meta: Json, versions: list[Json] | None) -> Json:
+    return meta if versions is None else {**meta, "weight_versions": versions}
+
+
+def aborted_in_queue(rid: str, versions: list[Json] | None = None) -> Json:
     """The reply to a request that was aborted before it began: it has no log-probs, not even an empty list."""
     reason = {"type": "abort", "message": "Abort before prefill"}
-    return {
-        "text": "",
-        "meta_info": {"id": rid, "finish_reason": reason, "prompt_tokens": 0, "completion_tokens": 0},
-    }
+    meta = {"id": rid, "finish_reason": reason, "prompt_tokens": 0, "completion_tokens": 0}
+    return {"text": "", "meta_info": _versioned(meta, versions)}
 
 
 def chatted(asked: Asked, tokens: int, kind: str, model: str) -> Json:

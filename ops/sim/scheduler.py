@@ -59,6 +59,8 @@ class Scheduler:
         #: Of the requests that are here: whether each asked for log-probs.
         self._logprobs: dict[int, bool] = {}
         self._faults: dict[int, str] = {}
+        #: Steps when the prefix cache was last flushed, from which they are counted, as in the real one.
+        self._steps_flushed = 0
         #: True once it stands still for good.
         self.hung = False
 
@@ -99,6 +101,10 @@ class Scheduler:
             self._tell(["reply", number, {}])
         elif what == "state":
             self._tell(["reply", number, self._state()])
+        elif what == "change":
+            self._tell(["reply", number, self._change(now, **message[2])])
+        elif what == "flush":
+            self._tell(["reply", number, {"flushed": self._flush()}])
 
     def _submit(self, key: int, asked: Json, now: float) -> None:
         if next(iter(self._logprobs.values()), asked["logprobs"]) is not asked["logprobs"]:
@@ -115,6 +121,21 @@ class Scheduler:
         if (ended := self._batch.abort(now, key)) is not None:
             self._over(ended, queued=queued)
 
+    def _change(self, now: float, *, stall_s: float, flush: bool) -> Json:
+        """Stop at a boundary while the weights are changed: the requests that ran, and the tokens of all."""
+        ran = len(self._batch.running)
+        made = self._batch.retract(now, stall_s)
+        if flush:
+            self._steps_flushed = self._batch.steps
+        return {"ran": ran, "made": list(made.items())}
+
+    def _flush(self) -> bool:
+        """Forget the prefixes, unless somebody uses them."""
+        idle = not self._batch.running and not self._batch.waiting
+        if idle:
+            self._steps_flushed = self._batch.steps
+        return idle
+
     def _over(self, ended: Ended, *, queued: bool = False) -> None:
         self._logprobs.pop(ended.key, None)
         self._faults.pop(ended.key, None)
@@ -125,7 +146,7 @@ class Scheduler:
             "running": self._batch.running,
             "waiting": self._batch.waiting,
             "paused": self._batch.paused,
-            "steps": self._batch.steps,
+            "steps": self._batch.steps - self._steps_flushed,
             "tokens": self._batch.tokens,
             "kv_tokens": self._batch.kv_tokens,
         }

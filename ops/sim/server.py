@@ -1,7 +1,7 @@
 """The HTTP surface of a simulated engine: that of sglang-jax main, as far as a worker uses it.
 
-Invariant: a request is answered when its scheduler says that it is over, with what its policy makes of its prompt, or
-never; its client's going ends it in the scheduler.
+Invariant: a request is answered when its scheduler says that it is over, with what the policies that it ran under make
+of its prompt, or never; its client's going ends it in the scheduler.
 """
 
 import asyncio
@@ -21,10 +21,13 @@ from aiohttp import web
 
 from rollpool.ops.sim import replies
 from rollpool.ops.sim.arguments import Arguments, parse_arguments
+from rollpool.ops.sim.changes import Changes
 from rollpool.ops.sim.link import SchedulerLink
-from rollpool.ops.sim.model import MAX_POSITIONS, signature_of
+from rollpool.ops.sim.model import MAX_POSITIONS
+from rollpool.ops.sim.pieces import Pieces
 from rollpool.ops.sim.replies import Asked, RefusedError
-from rollpool.ops.sim.tokens import FAIL, FORGET, HANG, KILL, REFUSE, draw_length, draw_nonce, output_of
+from rollpool.ops.sim.serving import Serving
+from rollpool.ops.sim.tokens import FAIL, FORGET, HANG, KILL, REFUSE, draw_length, draw_nonce
 
 Json = dict[str, Any]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -41,6 +44,9 @@ _POLL_S = 0.1
 #: Seconds that the last replies may take to be written, once nothing is left to do.
 _SHUTDOWN_S = 5.0
 
+#: Names the label of the weights at the launch; without it, that is "0".
+VERSION_ENV = "ROLLPOOL_WEIGHT_VERSION"
+
 #: Bytes of a request, at most: no bound that a prompt could meet.
 _MOST_BYTES = 1 << 28
 
@@ -51,20 +57,23 @@ class _State:
 
     asked: Asked
     over: asyncio.Future[Json]
+    #: Who makes its tokens.
+    pieces: Pieces
+    #: Signature of the adapter that it named.
+    adapter: int | None
     #: By which the scheduler knows it; None: it was never told.
     key: int | None = None
     #: Tokens it will have when nothing cuts it off.
     tokens: int = 0
-    nonce: int = 0
     since: float = field(default_factory=time.monotonic)
 
 
 class SimServer:
     """One server, which answers once `serve` runs."""
 
-    def __init__(self, arguments: Arguments) -> None:
+    def __init__(self, arguments: Arguments, serving: Serving) -> None:
         self._arguments = arguments
-        self._signature = signature_of(arguments.model_path)
+        self._serving = serving
         self._context_length = arguments.context_length or MAX_POSITIONS
         self._random = Random()
         #: By the client's id, so that of two requests of one id only the later is known, as in the real server.
@@ -114,7 +123,18 @@ class SimServer:
         app.router.add_post("/abort_request", self._abort)
         app.router.add_post("/pause_generation", self._pause)
         app.router.add_post("/continue_generation", self._continue)
+        self._changes().add_routes(app.router)
         return app
+
+    def _changes(self) -> Changes:
+        return Changes(
+            self._arguments,
+            self._serving,
+            link=lambda: self._link,
+            changed=self._changed,
+            users=lambda name: sum(state.asked.lora == name for state in self._keyed.values()),
+            abort_all=lambda: self._abort_matching("", everything=True),
+        )
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -141,7 +161,7 @@ class SimServer:
         return web.Response(status=503)
 
     async def _model_info(self, _: web.Request) -> web.Response:
-        path = self._arguments.model_path
+        path = self._arguments.model_path  # as launched: by it, among others, a worker knows the engine
         return web.json_response({"model_path": path, "tokenizer_path": path, "is_generation": True})
 
     async def _server_info(self, _: web.Request) -> web.Response:
@@ -159,13 +179,16 @@ class SimServer:
             raise RefusedError("This prompt is refused.")
         if first == FAIL:
             return web.json_response({"error": {"message": "This prompt always fails."}}, status=500)
+        if self._serving.model.fault == "probe":
+            return web.json_response({"error": {"message": "These weights always fail."}}, status=500)
         state, told = await self._run(asked, _SCHEDULERS_FAULTS.get(first), forget=first == FORGET)
+        versions = state.pieces.versions(told["tokens"]) if self._arguments.sim_hot_swap else None
         if told["queued"]:
-            return web.json_response(replies.aborted_in_queue(asked.rid))
+            return web.json_response(replies.aborted_in_queue(asked.rid, versions))
         # Of the request that the scheduler ended; that is another one where an id was used twice.
-        output = output_of(self._signature, state.asked.prompt_ids, state.nonce, told["tokens"])
-        reason = replies.finish_reason(output.tolist(), _kind(state, told))
-        payload = replies.generated(state.asked, self._signature, output, reason, time.monotonic() - state.since)
+        made = state.pieces.made(state.asked.prompt_ids, told["tokens"])
+        reason = replies.finish_reason(made.ids.tolist(), _kind(state, told))
+        payload = replies.generated(state.asked, made, reason, time.monotonic() - state.since, versions)
         return web.Response(body=payload, content_type="application/json")
 
     async def _chat(self, request: web.Request) -> web.Response:
@@ -178,7 +201,9 @@ class SimServer:
         """Wait until the scheduler is done with a request; what it was, and how it ended."""
         async with self._paused:
             await self._paused.wait_for(lambda: not self._is_paused)
-        state = _State(asked, asyncio.get_running_loop().create_future())
+        adapter = self._serving.adapter(asked.lora)
+        pieces = Pieces(self._serving.signature(adapter), self._serving.version, draw_nonce(self._random))
+        state = _State(asked, asyncio.get_running_loop().create_future(), pieces, adapter)
         self._states[asked.rid] = state
         self._nothing_left.clear()
         if not forget:
@@ -192,7 +217,6 @@ class SimServer:
 
     def _submit(self, state: _State, fault: str | None) -> None:
         asked, most = state.asked, max(1, state.asked.max_new_tokens)
-        state.nonce = draw_nonce(self._random)
         state.tokens = most
         if not asked.ignore_eos:
             median, sigma = self._arguments.sim_median_tokens, self._arguments.sim_sigma
@@ -213,6 +237,12 @@ class SimServer:
         del self._states[rid]
         if not self._states:
             self._nothing_left.set()
+
+    def _changed(self, made: dict[int, int]) -> None:
+        """The weights are others from now on: what is here goes on under them from the tokens that it has."""
+        for key, state in self._keyed.items():
+            signature = self._serving.signature(state.adapter)
+            state.pieces.change(made.get(key, 0), signature, self._serving.version, draw_nonce(self._random))
 
     def _ended(self, key: int, told: Json) -> None:
         """The scheduler is done with a request: answer whoever waits under its id, even if that is another."""
@@ -290,7 +320,7 @@ def run(argv: Sequence[str]) -> None:
     """Be one server, until it ends."""
     arguments = parse_arguments(argv)
     try:
-        server = SimServer(arguments)
+        server = SimServer(arguments, Serving.launch(arguments, os.environ.get(VERSION_ENV, "0")))
         asyncio.run(server.serve())
     except (OSError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -2,7 +2,7 @@
 
 Invariant: the tokens after the first, and all log-probs, follow from the policy's signature, the prompt and the first
 token. So a completion proves which weights made it, for which prompt, whole and in order; and a completion that was cut
-off, continued by other weights, or mixed up with another's does not pass.
+off, continued by other weights, or mixed up with another's does not pass (`proof.py` has the proof of a continued one).
 """
 
 from random import Random
@@ -82,6 +82,12 @@ def made_by(signature: int, prompt_ids: ArrayLike, output_ids: ArrayLike) -> boo
     if output.ndim != 1 or not len(output) or not 0 <= output[0] < VOCABULARY:
         return False
     return bool(np.array_equal(output, output_of(signature, prompt_ids, int(output[0]), len(output))))
+
+
+def adapted(base_signature: int, adapter_signature: int) -> int:
+    """Which policy a base is with an adapter on it; 0 to 2^63 - 1."""
+    mixed = _mix(_mix(_unsigned(base_signature) + _GAMMA) + _unsigned(adapter_signature))
+    return int(mixed[0] >> np.uint64(1))
 
 
 def logprob_places(signature: int, prompt_ids: ArrayLike, output_ids: ArrayLike) -> NDArray[np.int64]:

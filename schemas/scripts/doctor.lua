@@ -86,7 +86,7 @@ if sound[KEYS[1]] then
   for _, run in ipairs(redis.call('SMEMBERS', KEYS[1])) do listed[run] = true end
   for run in pairs(listed) do facts_of(run) end
 end
-for _, kind in ipairs({'jobs', 'ready', 'batches', 'parts', 'open', 'results', 'runs'}) do
+for _, kind in ipairs({'jobs', 'ready', 'parked', 'exact', 'batches', 'parts', 'open', 'results', 'runs'}) do
   for _, names in ipairs(found[kind] or {}) do
     if names[1] then facts_of(names[1]) end
   end
@@ -298,7 +298,10 @@ for _, names in ipairs(found.ready) do
   examine_names(redis.call('LRANGE', name, 0, -1), 'ready', short(name))
 end
 for _, kind in ipairs({'delayed', 'parked', 'exact'}) do
-  if sound[key(kind)] then examine_names(redis.call('ZRANGE', key(kind), 0, -1), kind, kind) end
+  for _, names in ipairs(found[kind]) do
+    local name = key(kind, names[1])
+    examine_names(redis.call('ZRANGE', name, 0, -1), kind, short(name))
+  end
 end
 for name, unmet in pairs(waiting) do
   if unmet then note('waiting-nowhere', name) end

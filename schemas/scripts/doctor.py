@@ -30,8 +30,8 @@ KEY_KINDS: tuple[tuple[str, int | str, str], ...] = (
     ("retries", 0, "stream"),
     ("waiting", 0, "hash"),
     ("delayed", 0, "zset"),
-    ("parked", 0, "zset"),
-    ("exact", 0, "zset"),
+    ("parked", 1, "zset"),
+    ("exact", 1, "zset"),
     ("deadlines", 0, "zset"),
     ("fair", 0, "string"),
     ("sweep", 0, "string"),
@@ -40,7 +40,10 @@ KEY_KINDS: tuple[tuple[str, int | str, str], ...] = (
     ("acks", 0, "stream"),
     ("policies", 0, "hash"),
     ("policy", 0, "string"),
-    ("rollout", 0, "string"),
+    ("policy", 1, "string"),
+    ("generations", 0, "hash"),
+    ("publisher", 0, "string"),
+    ("rollout", 0, "zset"),
     ("workers", "*", "hash"),
 )
 

@@ -29,7 +29,7 @@ local rule = {}
 if staleness then
   -- AReaL: (staleness + version + 1) * batch - (accepted + running), counted from when the run began to be held to it;
   -- until the first policy is published, no version has been trained.
-  local version = tonumber(redis.call('GET', key('policy')))
+  local version = tonumber(redis.call('GET', key('policy', run)) or redis.call('GET', key('policy')))
   local from_version, from_jobs = tonumber(facts[4]) or version, tonumber(facts[5]) or ok + open
   local trained = version and version - from_version or 0
   local room = (staleness + trained + 1) * training_batch - (ok + open - from_jobs)

@@ -75,7 +75,23 @@ async def expire_async(client: AsyncRedis, keys: Keys) -> int:
     return total
 
 
-def sweep(client: Redis, keys: Keys, *, served: Iterable[int], idle_ms: int = IDLE_RUN_MS) -> Swept:
-    """Settle `stale` the exact jobs of versions not in `served`, and forget runs that ended `idle_ms` ago."""
-    ended, forgotten = _SWEEP.blocking(client, keys, [idle_ms, RETENTION_S, AT_ONCE, *served])
+def sweep(
+    client: Redis,
+    keys: Keys,
+    *,
+    served: Iterable[int],
+    adapters: Iterable[tuple[str, int]] = (),
+    idle_ms: int = IDLE_RUN_MS,
+) -> Swept:
+    """Settle `stale` the exact jobs of versions that no host comes to any more, and forget runs that ended.
+
+    Args:
+        client: of the pool's server.
+        keys: of the pool.
+        served: versions of the checkpoints that hosts serve, or are on their way to.
+        adapters: run and version of the adapters, the same.
+        idle_ms: a run is forgotten so long after it ended.
+    """
+    named = [f"{run}:{version}" for run, version in (*(("", version) for version in served), *adapters)]
+    ended, forgotten = _SWEEP.blocking(client, keys, [idle_ms, RETENTION_S, AT_ONCE, *named])
     return Swept(int(ended), int(forgotten))

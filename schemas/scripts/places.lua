@@ -6,8 +6,8 @@
 --   retries         stream, group workers: in a host's hands, after it had waited in one of these:
 --   ready:RUN:LANE  list of names: taken before the backlog of its lane
 --   delayed         sorted set of names by server time in ms
---   parked          sorted set of names by the oldest policy version that may run it
---   exact           sorted set of names by the one policy version that may run it
+--   parked:RUN      sorted set of names by the oldest policy version that may run it
+--   exact:RUN       sorted set of names by the one policy version that may run it
 -- and its state is a field of batches:RUN:ID, INDEX -> 'open' or its outcome. A name is RUN:LANE:JOB, a job is BATCH/INDEX,
 -- with #PART where its group is split; the fields of a waiting job are in the hash `waiting`, by its name. A name without
 -- fields there is a tombstone, discarded by whoever meets it.
@@ -20,7 +20,8 @@ local GROUP = 'workers'
 local AT_ONCE = 1000
 local LANES = {'high', 'default', 'low'}
 local IS_LANE = {high = true, default = true, low = true}
-local SORTED = {'delayed', 'parked', 'exact'}
+-- Sorted sets of each run; `delayed` is one for all.
+local SORTED = {'parked', 'exact'}
 
 local function key(kind, run, more)
   if more then return PREFIX .. kind .. ':' .. run .. ':' .. more end
@@ -118,9 +119,17 @@ local function is_open(run, job) return are_open({run}, {job}, 1)[1] end
 -- Take jobs out of whatever places they wait in.
 local function forget(names)
   for from = 1, #names, AT_ONCE do
-    local some = {unpack(names, from, math.min(from + AT_ONCE - 1, #names))}
+    local some, by_run = {unpack(names, from, math.min(from + AT_ONCE - 1, #names))}, {}
     if (try('HDEL', key('waiting'), unpack(some)) or 0) > 0 then
-      for _, place in ipairs(SORTED) do try('ZREM', key(place), unpack(some)) end
+      try('ZREM', key('delayed'), unpack(some))
+      for _, name in ipairs(some) do
+        local run = string.match(name, '^([^:]*):')
+        by_run[run] = by_run[run] or {}
+        table.insert(by_run[run], name)
+      end
+      for run, theirs in pairs(by_run) do
+        for _, place in ipairs(SORTED) do try('ZREM', key(place, run), unpack(theirs)) end
+      end
     end
   end
 end
@@ -139,19 +148,21 @@ local function wait(fields, stream, place, score)
   if place == 'ready' then
     write('RPUSH', key('ready', run, lane), name)
   else
-    write('ZADD', key(place), score, name)
+    write('ZADD', place == 'delayed' and key(place) or key(place, run), score, name)
   end
 end
 
--- Move names from a sorted set to the front of their lanes.
+-- Move names from a sorted set to the front of their lanes. Returns how many left the set.
 local function release(place, from, upto, most)
-  for _, name in ipairs(try('ZRANGEBYSCORE', key(place), from, upto, 'LIMIT', 0, most) or {}) do
-    redis.call('ZREM', key(place), name)
+  local names = try('ZRANGEBYSCORE', place, from, upto, 'LIMIT', 0, most) or {}
+  for _, name in ipairs(names) do
+    redis.call('ZREM', place, name)
     local run, lane = string.match(name, '^([^:]+):([^:]+):')
     if IS_LANE[lane] and try('HEXISTS', key('waiting'), name) == 1 then
       write('RPUSH', key('ready', run, lane), name)
     end
   end
+  return #names
 end
 
 -- What delivery has cost a job so far is carried in fields of its entry; a move replaces them.

@@ -1,16 +1,20 @@
 -- Pull jobs for one host: lane by lane, in a lane run by run as their weights say, and of each run first what waited.
--- KEYS[1] runs; ARGV: consumer, jobs wanted, policy version served, bytes of unread results over which a run gets no more
---   made (0: no bound), then the names of the runs.
+-- KEYS[1] runs; ARGV: consumer, jobs wanted, bytes of unread results over which a run gets no more made (0: no bound); then
+--   two a run: its name, and what this host serves to it, as NEWEST:VERSION,VERSION. Jobs that were parked for a version up
+--   to the newest come back to their lanes, and exact ones of each of these versions.
 -- Within a lane the run with the least virtual time goes first (start-time fair queuing); n samples of a run move its time
 -- on by n / weight. Entries whose job is settled already are discarded here.
 -- Returns a list of {stream, entry id, {field, value, ...}}; the names of the runs that are over that bound; and 1 when it
 -- stopped for having discarded so much.
-local consumer, wanted, version, bound = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local consumer, wanted, bound = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 -- Entries of settled jobs that one call clears away, about: some 30 ms where it reads them one by one. A batch that was
 -- cancelled may have far more.
 local MOST_DISCARDED = 4000
+-- Names that one call moves back to their lanes because a policy came, about, of all runs together. Those that go first
+-- in their lane are first here too, so that in time each gets its turn.
+local MOST_RELEASED = 4000
 local retries, waiting = key('retries'), key('waiting')
-local found, full, discarded = {}, {}, 0
+local found, full, discarded, released = {}, {}, 0, 0
 -- Ids of what was moved to `retries`, which this host holds once they are claimed.
 local moved = {}
 
@@ -115,10 +119,22 @@ local function take_backlog(stream, count)
   return kept, samples
 end
 
+-- Once a call for each run: what waited for a policy that this host serves.
+local function release_served(run)
+  if run.looked_at or released >= MOST_RELEASED then return end
+  run.looked_at = true
+  local parked, exact = key('parked', run.name), key('exact', run.name)
+  if redis.call('EXISTS', parked, exact) == 0 then return end
+  local newest, versions = string.match(run.offer, '^(%d+):(.*)$')
+  released = released + release(parked, '-inf', newest, wanted)
+  for version in string.gmatch(versions, '%d+') do released = released + release(exact, version, version, wanted) end
+end
+
 local function take(run, lane, count)
-  local kept, samples = take_waiting(run, lane, count)
+  release_served(run)
+  local kept, samples = take_waiting(run.name, lane, count)
   if kept == count then return kept, samples end
-  local more, made = take_backlog(key('jobs', run, lane), count - kept)
+  local more, made = take_backlog(key('jobs', run.name, lane), count - kept)
   return kept + more, samples + made
 end
 
@@ -130,16 +146,17 @@ local function has_remains(run)
   for _, lane in ipairs(LANES) do
     if (try('XLEN', key('jobs', run, lane)) or 0) > 0 then return true end
   end
-  return redis.call('EXISTS', key('ready', run, 'high'), key('ready', run, 'default'), key('ready', run, 'low')) > 0
+  return redis.call('EXISTS', key('ready', run, 'high'), key('ready', run, 'default'), key('ready', run, 'low'),
+    key('parked', run), key('exact', run)) > 0
 end
 
 -- The runs to look at. `drained` counts the lanes in which a run had nothing more; one that is over the bound has nothing.
 local function active_runs()
   local active = {}
-  for at = 5, #ARGV do
+  for at = 4, #ARGV, 2 do
     local facts = try('HMGET', key('runs', ARGV[at]), 'open', 'unread', 'weight', 'pass') or {}
-    local pass = number(facts[4], 0, 1e300, fair)
-    local run = {name = ARGV[at], weight = number(facts[3], 1e-6, 1e6, 1), pass = pass, pass_before = pass, drained = 0}
+    local run, pass = {name = ARGV[at], offer = ARGV[at + 1], drained = 0}, number(facts[4], 0, 1e300, fair)
+    run.weight, run.pass, run.pass_before = number(facts[3], 1e-6, 1e6, 1), pass, pass
     run.open = number(facts[1], 1, 1e300, 0) > 0
     run.over = bound > 0 and number(facts[2], 0, 1e300, 0) >= bound
     if run.over then full[#full + 1] = run.name end
@@ -153,30 +170,39 @@ local function by_pass(one, other)
   return one.name < other.name
 end
 
+-- Back to where it belongs what is at `first` and has moved on; the rest of the queue is in order.
+local function reorder(queue, first)
+  local run, at = queue[first], first
+  while queue[at + 1] and by_pass(queue[at + 1], run) do
+    queue[at] = queue[at + 1]
+    at = at + 1
+  end
+  queue[at] = run
+end
+
 local function serve_lane(runs, lane)
-  local queue, weights = {}, 0
+  local queue, weights, first = {}, 0, 1
   for _, run in ipairs(runs) do
     if not run.over then queue[#queue + 1], weights = run, weights + run.weight end
   end
-  while #found < wanted and #queue > 0 and discarded < MOST_DISCARDED do
-    table.sort(queue, by_pass)
-    local run, left = queue[1], wanted - #found
+  table.sort(queue, by_pass)
+  while #found < wanted and queue[first] and discarded < MOST_DISCARDED do
+    local run, left = queue[first], wanted - #found
     local share = math.min(left, math.max(1, math.ceil(left * run.weight / weights)))
-    local kept, samples = take(run.name, lane, share)
+    local kept, samples = take(run, lane, share)
     if kept > 0 then
       fair = math.max(fair, run.pass)
       run.pass = run.pass + samples / run.weight
     end
     if kept < share then
-      table.remove(queue, 1)
-      weights, run.drained = weights - run.weight, run.drained + 1
+      weights, first, run.drained = weights - run.weight, first + 1, run.drained + 1
+    else
+      reorder(queue, first)
     end
   end
 end
 
-release('delayed', '-inf', now_ms(), wanted)
-release('parked', '-inf', version, wanted)
-release('exact', version, version, wanted)
+release(key('delayed'), '-inf', now_ms(), wanted)
 local runs, lanes = active_runs(), 0
 for _, lane in ipairs(LANES) do
   if #found < wanted then

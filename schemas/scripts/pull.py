@@ -13,6 +13,22 @@ _SCRIPT = Script("pull")
 
 
 @dataclass(frozen=True, slots=True)
+class RunOffer:
+    """What one host serves to one run."""
+
+    run: str
+    #: Jobs parked for a version up to this one are for this host; None: it serves nothing to this run, and gets no job
+    #: of it.
+    newest: int | None
+    #: Exact jobs of each of these are for this host.
+    versions: tuple[int, ...]
+
+    def text(self) -> str:
+        """As the script reads it."""
+        return f"{self.newest}:{','.join(map(str, self.versions))}"
+
+
+@dataclass(frozen=True, slots=True)
 class Pulled:
     """What a host was given."""
 
@@ -25,24 +41,23 @@ async def pull(
     client: Redis,
     keys: Keys,
     *,
-    runs: Sequence[str],
+    offers: Sequence[RunOffer],
     consumer: str,
     wanted: int,
-    version: int,
     unread_bound: int = 0,
 ) -> Pulled:
-    """Take up to `wanted` jobs of `runs`, for a host that serves `version`.
+    """Take up to `wanted` jobs for a host.
 
     Args:
         client: of the pool's server.
         keys: of the pool.
-        runs: names of the runs to look at.
+        offers: of each run to look at, what the host serves to it.
         consumer: who takes them.
         wanted: jobs at most.
-        version: policy version the host serves.
         unread_bound: bytes of unread results over which a run gets no more made; 0: no bound.
     """
-    args: list[Arg] = [consumer, wanted, version, unread_bound, *runs]
+    args: list[Arg] = [consumer, wanted, unread_bound]
+    args += [part for offer in offers if offer.newest is not None for part in (offer.run, offer.text())]
     entries, full, stopped = await _SCRIPT(client, keys, args)
     while stopped and not entries:  # it met so many settled jobs that it let others have a turn first
         entries, full, stopped = await _SCRIPT(client, keys, args)

@@ -109,6 +109,7 @@ local function put_together(place, finished, index)
     result[#result + 1] = part[4]
   end
   redis.call('HDEL', finished, unpack(all))
+  table.sort(versions, function(one, other) return (tonumber(one) or 0) < (tonumber(other) or 0) end)
   return record(place, index, 'ok', table.concat(versions, ','), samples, tokens, result, bytes)
 end
 

@@ -22,6 +22,7 @@ class Made:
         self.directory = directory
         self.trainer = journal.Journal(directory / f"trainer-{RUN}.jsonl")
         self.tap = journal.Journal(directory / "tap.jsonl")
+        self.policies = journal.Journal(directory / f"policies-{POOL}.jsonl")
         self.states: dict[checker.Job, str] = {}
         self.saves = 0
 
@@ -181,14 +182,14 @@ def test_a_version_that_the_tag_forbids_is_the_wrong_policy(
 
 def test_tokens_that_the_named_policy_did_not_make_are_the_wrong_policy(made: Made) -> None:
     whole(made)
-    asked: list[tuple[str, int, list[int], list[int]]] = []
+    asked: list[tuple[str, list[int], dict[str, Any]]] = []
 
-    def made_by(pool: str, version: int, prompt: list[int], sample: dict[str, Any]) -> bool:
-        asked.append((pool, version, prompt, sample["ids"]))
+    def made_by(pool: str, prompt: list[int], sample: dict[str, Any]) -> bool:
+        asked.append((pool, prompt, sample))
         return prompt != [2]
 
-    assert made.judge(made_by).wrong_policy == ["storm:run-0:step-0/2: policy 3 did not make its tokens"]
-    assert (POOL, 3, [1], TOKENS) in asked
+    assert made.judge(made_by).wrong_policy == ["storm:run-0:step-0/2: its tokens are not those of [[3, 0, 3]]"]
+    assert (POOL, [1], {"ids": TOKENS, "spans": [[3, 0, len(TOKENS)]]}) in asked
 
 
 def test_spans_that_do_not_cover_the_tokens_are_the_wrong_policy(made: Made) -> None:
@@ -197,12 +198,23 @@ def test_spans_that_do_not_cover_the_tokens_are_the_wrong_policy(made: Made) -> 
     assert len(made.judge().wrong_policy) == 1
 
 
-def test_only_an_exact_job_may_end_stale(made: Made) -> None:
+def test_only_an_exact_job_may_end_stale_or_one_whose_policy_was_abandoned(made: Made) -> None:
     made.intent()
     for index in range(SIZE):
         made.result(index, "stale")
     made.finished()
     assert len(made.judge().wrong_policy) == SIZE
+    made.policies.add("abandoned", pool=POOL, version=3)
+    assert made.judge().kept
+
+
+def test_an_adapter_of_another_run_is_the_wrong_policy(made: Made) -> None:
+    whole(made, spoil=0)
+    made.result(0, version=4)
+    made.policies.add("published", pool=POOL, version=4, run=RUN, signature=1)
+    assert made.judge().kept
+    made.policies.add("published", pool=POOL, version=4, run="run-1", signature=1)
+    assert made.judge().wrong_policy == ["storm:run-0:step-0/0: made by policy 4, an adapter of run-1"]
 
 
 def test_a_result_of_another_prompt_is_altered(made: Made) -> None:

@@ -1,7 +1,7 @@
 """`HttpEngine` against a real sglang-jax server: that the facts its dialects rest on still hold."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from rollpool.worker.engines.protocol import (
     EngineUnavailable,
     RequestRefused,
     SampleRequest,
+    WeightsRefused,
     new_rid,
 )
 
@@ -106,7 +107,7 @@ def unchecked(client: HttpEngine) -> HttpEngine:
 
 
 async def test_an_adapter_is_not_sent_to_an_engine_without_any(client: HttpEngine) -> None:
-    if client.facts.lora:
+    if client.facts.lora != "none":
         pytest.skip("this engine was launched with adapters")
     with pytest.raises(RequestRefused, match="silently ignore"):
         await client.generate(replace(request(max_new_tokens=2), lora_path="a"))
@@ -125,16 +126,68 @@ async def test_a_chat_beside_generation_does_not_kill_the_server(client: HttpEng
     assert await client.identify() == client.facts.identity
 
 
-async def test_an_abort_returns_what_there_is(client: HttpEngine) -> None:
-    asked = request(max_new_tokens=200, ignore_eos=True)
-    call = asyncio.create_task(client.generate(asked))
-    while not call.done():
-        await client.abort([asked.rid])
-        await asyncio.wait([call], timeout=0.2)
-    done = await call
-    assert done.finish_reason == "abort"
-    assert done.logprobs is not None
-    assert len(done.output_ids) == len(done.logprobs) < 200
+async def aborted_midway(client: HttpEngine, asked: Callable[[], SampleRequest]) -> Completion:
+    """What a request has when it is aborted after its first tokens; later each time, since machines differ."""
+    for wait_s in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
+        one = asked()
+        call = asyncio.create_task(client.generate(one))
+        await asyncio.wait([call], timeout=wait_s)
+        await client.abort([one.rid])
+        assert call.done()  # an abort returns when its calls have
+        done = await call
+        assert done.finish_reason == "abort", "it was faster than the abort: ask for more tokens"
+        if len(done.output_ids):
+            return done
+    raise AssertionError("no token within the longest wait")
+
+
+async def test_an_abort_in_the_middle_returns_the_tokens_and_logprobs_there_are(client: HttpEngine) -> None:
+    sampling: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+    part = await aborted_midway(client, lambda: request(max_new_tokens=200, **sampling))
+    count = part.completion_tokens
+    assert part.logprobs is not None
+    assert 0 < len(part.output_ids) == len(part.logprobs) == count < 200
+    whole = await client.generate(request(max_new_tokens=count, **sampling))
+    assert whole.logprobs is not None
+    assert part.output_ids.tolist() == whole.output_ids.tolist()
+    np.testing.assert_allclose(part.logprobs, whole.logprobs, atol=1e-4)
+
+
+async def test_what_an_abort_left_is_continued_from_its_tokens(client: HttpEngine) -> None:
+    sampling: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+    first = request(max_new_tokens=100, **sampling)
+    part = await aborted_midway(client, lambda: replace(first, rid=new_rid()))
+    rest = replace(
+        first,
+        rid=new_rid(),
+        input_ids=np.concatenate([first.input_ids, part.output_ids]),
+        sampling=SamplingParams(max_new_tokens=100 - part.completion_tokens, **sampling),
+    )
+    tail, whole = await client.generate(rest), await client.generate(replace(first, rid=new_rid()))
+    assert [*part.output_ids, *tail.output_ids] == whole.output_ids.tolist()
+
+
+async def test_requests_that_are_aborted_while_they_wait_have_nothing(client: HttpEngine) -> None:
+    many = client.facts.max_running_requests + 8
+    asked = [request(seed=i, max_new_tokens=200, ignore_eos=True) for i in range(many)]
+    calls = [asyncio.create_task(client.generate(one)) for one in asked]
+    await asyncio.sleep(0)
+    await client.abort([one.rid for one in asked])
+    done = await asyncio.gather(*calls)
+    assert {each.finish_reason for each in done} == {"abort"}
+    assert min(len(each.output_ids) for each in done) == 0
+    assert_whole(await client.generate(request(max_new_tokens=8, ignore_eos=True)), 8)
+
+
+async def test_a_flush_leaves_the_engine_the_same(client: HttpEngine) -> None:
+    if client.facts.line != "main":
+        with pytest.raises(WeightsRefused, match="cannot flush"):
+            await client.flush_cache()
+        return
+    await until_running(client, 0)
+    await client.generate(request(max_new_tokens=8, ignore_eos=True))
+    await client.flush_cache()
+    assert await client.identify() == client.facts.identity
 
 
 async def test_a_cancelled_call_ends_in_the_engine(client: HttpEngine) -> None:

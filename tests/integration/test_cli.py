@@ -12,7 +12,7 @@ from rollpool.ops.inspect import read_status
 from rollpool.producer import AsyncRolloutPool
 from rollpool.schemas import Keys, WorkerStatus
 from rollpool.schemas.connection import connect
-from rollpool.schemas.scripts import READY, Entry, GiveBack, Record, delayed, exact, give_back, parked, pull
+from rollpool.schemas.scripts import READY, Entry, GiveBack, Record, RunOffer, delayed, exact, give_back, parked, pull
 
 runner = CliRunner()
 
@@ -22,11 +22,11 @@ async def filled(redis_url: str, redis_client: AsyncRedis, keys: Keys) -> str:
     """A pool with jobs in every place, unread results and one worker."""
 
     async def take(wanted: int) -> list[Entry]:
-        pulled = await pull(redis_client, keys, runs=["math"], consumer="vm-1:x", wanted=wanted, version=3)
+        pulled = await pull(redis_client, keys, offers=[RunOffer("math", 3, (3,))], consumer="vm-1:x", wanted=wanted)
         return pulled.entries
 
     async with AsyncRolloutPool(redis_url, pool="test", run="math") as pool:
-        await pool.publish_policy(3, checkpoint="/models/3")
+        await pool.publish_policy(3, checkpoint="/models/3", check=False)
         await pool.enqueue_prompts(["a", "b", "c", "d", "e", "f", "g", "h"], policy_version=3)
         places = [READY, READY, delayed(9**15), parked(7), exact(8)]
         jobs = [
@@ -95,13 +95,13 @@ def test_a_server_out_of_reach_is_one_line_that_says_what_to_do() -> None:
 
 def test_a_key_of_the_wrong_type_is_told_and_who_names_it(redis_url: str) -> None:
     with connect(redis_url) as client:
-        client.set(Keys("test").parked, "x")
+        client.set(Keys("test").delayed, "x")
     result = runner.invoke(app, ["status", "--url", redis_url, "--pool", "test"])
     assert result.exit_code == 1
     assert "WRONGTYPE" in result.output
     assert "`rollpool doctor` names it" in result.output
     named = runner.invoke(app, ["doctor", "--url", redis_url, "--pool", "test"])
-    assert "rollpool:{test}:parked: is a string and must be a zset" in named.output
+    assert "rollpool:{test}:delayed: is a string and must be a zset" in named.output
 
 
 def test_a_malformed_url_is_refused_by_name() -> None:

@@ -16,7 +16,7 @@ from rollpool.ops.doctor import examine
 from rollpool.producer import RolloutPool
 from rollpool.schemas import Group, Keys, PromptJob, SamplingParams
 from rollpool.schemas.connection import connect
-from rollpool.schemas.scripts import Settlement, enqueue, pull, settle
+from rollpool.schemas.scripts import RunOffer, Settlement, enqueue, pull, settle
 from rollpool.schemas.wire import pack_model, unpack_job
 
 pytestmark = pytest.mark.both_servers
@@ -43,7 +43,7 @@ async def bury(
     both = [part for _ in range(made.parts) for part in (made.preview(), pack_model(made))]
     named: dict[str, Any] = {"run": run, "batch": batch, "lane": made.lane, "content": "c"}
     await enqueue(client, keys, **named, policy=3, n=made.n, parts=made.parts, previews_and_bodies=both)
-    pulled = await pull(client, keys, runs=[run], consumer="vm:1", wanted=1, version=3)
+    pulled = await pull(client, keys, offers=[RunOffer(run, 3, (3,))], consumer="vm:1", wanted=1)
     group = Group.model_validate(
         {
             **{"run": run, "batch": batch, "index": 0, "outcome": "failed", "policy_version": 3, "samples": ()},

@@ -22,6 +22,7 @@ from rollpool.schemas.scripts import (
     GiveBack,
     Place,
     Record,
+    RunOffer,
     Settlement,
     commit,
     delayed,
@@ -77,7 +78,8 @@ class Work:
         )
 
     async def take(self, wanted: int = 100, *, version: int = VERSION, by: str = "vm:1") -> list[Entry]:
-        pulled = await pull(self.client, self.keys, runs=[RUN], consumer=by, wanted=wanted, version=version)
+        offers = [RunOffer(RUN, version, (version,))]
+        pulled = await pull(self.client, self.keys, offers=offers, consumer=by, wanted=wanted)
         return pulled.entries
 
     async def settle(self, *entries: Entry, outcome: str = "ok") -> None:
@@ -237,10 +239,10 @@ BREAKS: dict[str, tuple[Break, set[str], str]] = {
     "a settled job waits": (
         lambda client, keys: (
             client.hset(keys.waiting, f"{RUN}:default:b/0", ""),
-            client.zadd(keys.parked, {f"{RUN}:default:b/0": 9}),
+            client.zadd(keys.parked(RUN), {f"{RUN}:default:b/0": 9}),
         ),
         {"waiting-settled"},
-        "waiting job math:default:b/0: waits in parked",
+        "waiting job math:default:b/0: waits in parked:math and is not open",
     ),
     "an open job is counted away": (
         lambda client, keys: client.hincrby(keys.run(RUN), "open", -1),
@@ -356,8 +358,9 @@ async def test_what_hosts_discard_or_bury_is_counted_and_no_trouble(spread: Work
 
 async def test_a_pool_at_rest_must_be_empty(spread: Work, blocking: Redis, keys: Keys) -> None:
     left = {finding.subject for finding in examine(blocking, keys, quiescent=True).findings}
-    names = ("batches:math:b", "results:math:b", "open:math", "jobs:math:default", "ready:math:default", "retries")
-    assert left == {f"{keys.prefix}{name}" for name in (*names, "waiting", "delayed", "parked", "exact", "deadlines")}
+    of_run = ("batches:math:b", "results:math:b", "open:math", "jobs:math:default", "ready:math:default")
+    waiting = ("waiting", "delayed", "parked:math", "exact:math", "deadlines", "retries")
+    assert left == {f"{keys.prefix}{name}" for name in (*of_run, *waiting)}
 
 
 async def test_a_pool_whose_batches_are_committed_is_at_rest(work: Work, blocking: Redis, keys: Keys) -> None:

@@ -25,6 +25,7 @@ from rollpool.schemas.scripts import (
     give_back,
     parked,
     publish,
+    roll_back,
 )
 from rollpool.schemas.scripts.leases import RECLAIM_AT_MOST
 from rollpool.schemas.wire import pack_model, unpack_command, unpack_job
@@ -238,7 +239,7 @@ async def test_no_more_parked_jobs_are_released_than_are_wanted(pool: Pool) -> N
     for entry in await pool.take():
         await pool.give_back(entry, parked(7))
     assert len(await pool.take(2, version=7)) == 2
-    assert await pool.server.zcard(pool.keys.parked) == 1
+    assert await pool.server.zcard(pool.keys.parked(RUN)) == 1
 
 
 async def test_a_delayed_job_waits_for_the_servers_time(pool: Pool) -> None:
@@ -432,7 +433,7 @@ async def test_a_late_host_settles_a_job_that_waits_to_be_run_again(pool: Pool) 
     await pool.give_back(waiting[1], parked(9), by="b:1")
     assert await pool.settle(*map(ended, entries)) == [Settled(True, "ok")] * 3
     assert await pool.take(version=9) == []
-    assert not await pool.server.exists(pool.keys.waiting, pool.keys.delayed, pool.keys.parked)
+    assert not await pool.server.exists(pool.keys.waiting, pool.keys.delayed, pool.keys.parked(RUN))
     await pool.check("b")
 
 
@@ -845,38 +846,70 @@ async def test_an_unknown_batch_is_not_committed(pool: Pool) -> None:
 # Publish
 
 
+def checkpoint(version: int, path: str = "") -> Command:
+    return Command(policy=Policy(version=version, checkpoint=path or f"/ckpt/{version}", run=RUN))
+
+
 async def test_a_policy_is_recorded_current_and_announced(pool: Pool) -> None:
-    policy = Policy(version=3, checkpoint="/ckpt/3", run=RUN)
-    assert await publish(pool.client, pool.keys, policy) == ("new", 0)
+    command = checkpoint(3)
+    answer = await publish(pool.client, pool.keys, command, lease_ms=60_000)
+    assert (answer.answer, answer.number) == ("new", 3)
     recorded = await pool.server.hget(pool.keys.policies, "3")
-    assert Policy.model_validate_json(recorded) == policy
+    assert Policy.model_validate_json(recorded) == command.policy == Policy.model_validate_json(answer.text)
     assert await pool.server.get(pool.keys.policy) == b"3"
+    assert await pool.server.get(pool.keys.publisher) == RUN.encode()
+    assert 0 < await pool.server.pttl(pool.keys.publisher) <= 60_000
     [(_, fields)] = await pool.server.xrange(pool.keys.control)
-    assert unpack_command(fields[b"body"]) == Command(policy=policy)
+    assert unpack_command(fields.pop(b"body")) == command
+    assert fields == {b"kind": b"policy", b"policy": b"3", b"source": b"/ckpt/3", b"run": RUN.encode()}
 
 
 @pytest.mark.parametrize(
-    ("version", "checkpoint", "answer"),
+    ("version", "path", "answer"),
     [
-        (3, "/ckpt/3", ("same", 0)),
-        (3, "/ckpt/other", ("other", 0)),
+        (3, "/ckpt/3", ("same", 3)),
+        (3, "/ckpt/other", ("other", 3)),
         (2, "/ckpt/2", ("old", 3)),
-        (4, "/ckpt/4", ("new", 0)),
-        (10, "/ckpt/10", ("new", 0)),
+        (4, "/ckpt/3", ("taken", 3)),
+        (4, "/ckpt/4", ("new", 4)),
+        (10, "/ckpt/10", ("new", 10)),
     ],
 )
 async def test_a_version_rises_and_names_one_source_for_ever(
-    pool: Pool, version: int, checkpoint: str, answer: tuple[str, int]
+    pool: Pool, version: int, path: str, answer: tuple[str, int]
 ) -> None:
-    await publish(pool.client, pool.keys, Policy(version=3, checkpoint="/ckpt/3", run=RUN))
-    assert await publish(pool.client, pool.keys, Policy(version=version, checkpoint=checkpoint, run=RUN)) == answer
+    await publish(pool.client, pool.keys, checkpoint(3))
+    assert (await publish(pool.client, pool.keys, checkpoint(version, path)))[:2] == answer
     announced = answer[0] == "new"
     assert await pool.server.xlen(pool.keys.control) == 1 + announced
+    assert await pool.server.hlen(pool.keys.policies) == 1 + announced
     assert await pool.server.get(pool.keys.policy) == str(version if announced else 3).encode()
 
 
 async def test_the_first_version_may_be_nought(pool: Pool) -> None:
-    assert await publish(pool.client, pool.keys, Policy(version=0, checkpoint="/ckpt/0", run=RUN)) == ("new", 0)
+    assert (await publish(pool.client, pool.keys, checkpoint(0))).answer == "new"
+
+
+async def test_policies_that_somebody_made_by_hand_are_in_nobodys_way(pool: Pool) -> None:
+    by_hand = {"1": "no JSON", "2": "[]", "3": "3", "x": '"checkpoint":"/ckpt/7"', "4": '{"x":{"checkpoint":"/ckpt/7"}}'}
+    await pool.server.hset(pool.keys.policies, mapping=by_hand)
+    assert (await publish(pool.client, pool.keys, checkpoint(1))).answer == "other"
+    assert (await publish(pool.client, pool.keys, checkpoint(7))).answer == "new"
+    back = Command(policy=Policy(version=3, checkpoint="/ckpt/3", run=RUN, generation=1))
+    answer = await roll_back(pool.client, pool.keys, back, run=RUN, generation=0, current=7, lease_ms=1000)
+    assert (answer.answer, answer.number) == ("new", 1)
+    assert set(await pool.server.hkeys(pool.keys.policies)) == {b"1", b"2", b"3", b"x", b"4@0", b"7@0"}
+
+
+async def test_a_lineage_that_moved_meanwhile_is_not_gone_back_in(pool: Pool) -> None:
+    for version in (1, 2, 3):
+        await publish(pool.client, pool.keys, checkpoint(version))
+    before = await pool.server.dump(pool.keys.policies)
+    back = Command(policy=Policy(version=1, checkpoint="/ckpt/1", run=RUN, generation=1))
+    for read in ({"generation": 0, "current": 2}, {"generation": 1, "current": 3}):
+        answer = await roll_back(pool.client, pool.keys, back, run=RUN, lease_ms=1000, **read)
+        assert (answer.answer, answer.number) == ("moved", 0)
+    assert await pool.server.dump(pool.keys.policies) == before
 
 
 # The call itself

@@ -8,8 +8,7 @@ import msgpack
 import pytest
 from delivery import RUN, Pool, ended, jobs_of
 
-from rollpool.schemas import Policy
-from rollpool.schemas.scripts import READY, Place, Settled, delayed, exact, parked, publish
+from rollpool.schemas.scripts import READY, Place, Settled, delayed, exact, parked
 
 pytestmark = pytest.mark.both_servers
 
@@ -104,6 +103,12 @@ async def still_works(pool: Pool, run: str = "other") -> None:
         assert await pool.commit(batch, run=run) == 0
 
 
+def key_of(pool: Pool, kind: str) -> str:
+    """Of the whole pool, or of the run that somebody meddles with."""
+    key: Any = getattr(pool.keys, kind)
+    return str(key if isinstance(key, str) else key(RUN))
+
+
 async def everything(pool: Pool, runs: list[str]) -> list[Any]:
     entries: list[Any] = []
     while more := await pool.take(20, version=5, runs=runs):
@@ -113,11 +118,11 @@ async def everything(pool: Pool, runs: list[str]) -> list[Any]:
 
 @pytest.mark.parametrize("place", ["delayed", "parked", "exact", "deadlines"])
 async def test_names_of_any_bytes_in_a_sorted_set_stop_nobody(pool: Pool, place: str) -> None:
-    await publish(pool.client, pool.keys, Policy(version=9, checkpoint="/9", run=RUN))
+    await pool.publish(9)
     await pool.put(1)
     scores = [0, 5, float("-inf"), float("inf"), 1e300, -3.5, 5.5]
     for at, name in enumerate(NAMES):
-        await pool.server.zadd(getattr(pool.keys, place), {name: scores[at % len(scores)]})
+        await pool.server.zadd(key_of(pool, place), {name: scores[at % len(scores)]})
     await still_works(pool)
     await pool.check("b")
     assert await pool.server.keys(pool.keys.ready("*", "*")) == []
@@ -132,7 +137,7 @@ async def test_fields_of_any_bytes_stop_nobody(pool: Pool, place: str) -> None:
         if place == "ready":
             await pool.server.rpush(pool.keys.ready(RUN, "default"), name)
         else:
-            await pool.server.zadd(getattr(pool.keys, place), {name: 5 if place == "exact" else 0})
+            await pool.server.zadd(key_of(pool, place), {name: 5 if place == "exact" else 0})
     await still_works(pool)
     assert await pool.server.hlen(pool.keys.waiting) == 0
 
@@ -162,23 +167,23 @@ async def test_entries_that_somebody_added_to_the_retries_are_given_to_nobody(po
 
 
 async def test_an_exact_name_without_fields_ends_no_job(pool: Pool) -> None:
-    await publish(pool.client, pool.keys, Policy(version=9, checkpoint="/9", run=RUN))
+    await pool.publish(9)
     await pool.put(1)
-    await pool.server.zadd(pool.keys.exact, {f"{RUN}:default:b/0": 1})
+    await pool.server.zadd(pool.keys.exact(RUN), {f"{RUN}:default:b/0": 1})
     assert pool.sweep().ended == 0
-    assert not await pool.server.exists(pool.keys.exact)
+    assert not await pool.server.exists(pool.keys.exact(RUN))
     await pool.check("b")
 
 
 @pytest.mark.parametrize("index", ["7", "99999999999999999999", "9" * 300])
 async def test_an_exact_name_with_fields_of_no_job_ends_none(pool: Pool, index: str) -> None:
-    await publish(pool.client, pool.keys, Policy(version=9, checkpoint="/9", run=RUN))
+    await pool.publish(9)
     await pool.put(1)
     name = f"{RUN}:default:b/{index}"
     await pool.server.hset(pool.keys.waiting, name, b"fields")
-    await pool.server.zadd(pool.keys.exact, {name: 1})
+    await pool.server.zadd(pool.keys.exact(RUN), {name: 1})
     assert pool.sweep().ended == 0
-    assert not await pool.server.exists(pool.keys.exact)
+    assert not await pool.server.exists(pool.keys.exact(RUN))
     assert await pool.outcomes() == {"0": "open"}
 
 
@@ -208,11 +213,13 @@ async def test_jobs_whose_batch_is_of_another_type_are_of_no_batch(pool: Pool) -
     assert await pool.server.xlen(pool.lane()) == 0
 
 
-@pytest.mark.parametrize("key", ["waiting", "delayed", "parked", "exact", "deadlines", "retries", "dead", "fair"])
+@pytest.mark.parametrize(
+    "key", ["waiting", "delayed", "parked", "exact", "deadlines", "retries", "dead", "fair", "run_policy", "rollout"]
+)
 @pytest.mark.parametrize("made", ["string", "list", "hash"])
 async def test_a_key_of_the_pool_of_another_type_stops_nobody(pool: Pool, key: str, made: str) -> None:
-    await publish(pool.client, pool.keys, Policy(version=9, checkpoint="/9", run=RUN))
-    await make(pool, getattr(pool.keys, key), made)
+    await pool.publish(9)
+    await make(pool, key_of(pool, key), made)
     await still_works(pool)
 
 
@@ -224,7 +231,7 @@ async def test_a_key_of_the_pool_of_another_type_stops_nobody(pool: Pool, key: s
 async def test_a_key_of_one_run_of_another_type_stops_no_other(
     pool: Pool, kind: str, made: str, deadline_ms: int | None
 ) -> None:
-    await publish(pool.client, pool.keys, Policy(version=9, checkpoint="/9", run=RUN))
+    await pool.publish(9)
     keys = pool.keys
     names = {
         "jobs": keys.jobs(RUN, "default"),

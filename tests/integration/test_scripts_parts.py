@@ -115,7 +115,9 @@ async def test_a_part_that_fails_ends_those_that_wait_anywhere(pool: Pool) -> No
     await pool.settle(ended(held, "failed", dead="it crashed the engine"))
     assert await pool.take(version=9) == []
     assert await pool.places() == {}
-    assert not await pool.server.exists(pool.keys.waiting, pool.keys.delayed, pool.keys.parked, pool.keys.exact)
+    assert not await pool.server.exists(
+        pool.keys.waiting, pool.keys.delayed, pool.keys.parked(RUN), pool.keys.exact(RUN)
+    )
     [letter] = await pool.dead()
     assert (letter[b"job"], letter[b"body"]) == (b"b/0#0", held.body)
 

@@ -6,21 +6,20 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from delivery import HOUR_MS, Pool, ended, heard, jobs_of, next_of
+from delivery import HOUR_MS, RUN, Pool, ended, heard, jobs_of, next_of
 
-from rollpool.schemas import Policy
 from rollpool.schemas.scripts import (
     READY,
     GiveBack,
     Place,
     Record,
+    RunOffer,
     Settled,
     delayed,
     exact,
     expire_async,
     give_back,
     parked,
-    publish,
 )
 from rollpool.schemas.scripts.finish import AT_ONCE, EXPIRE_CALLS
 
@@ -38,10 +37,12 @@ async def pool(redis_url: str) -> AsyncIterator[Pool]:
     await made.close()
 
 
-async def put_into(pool: Pool, place: Place, *, batch: str = "b", lane: str = "default", parts: int = 1) -> None:
+async def put_into(
+    pool: Pool, place: Place, *, run: str = RUN, batch: str = "b", lane: str = "default", parts: int = 1
+) -> None:
     """Enqueue a job and let it wait there."""
-    await pool.put(1, batch=batch, lane=lane, parts=parts)
-    for entry in await pool.take(parts):
+    await pool.put(1, run=run, batch=batch, lane=lane, parts=parts)
+    for entry in await pool.take(parts, runs=[run]):
         assert await pool.give_back(entry, place)
 
 
@@ -49,11 +50,6 @@ def calls_of(pool: Pool, *commands: str) -> int:
     """How often the server has run these commands."""
     stats: Any = pool.blocking.info("commandstats")
     return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in commands)
-
-
-async def current(pool: Pool, version: int) -> None:
-    policy = Policy(version=version, checkpoint=f"/ckpt/{version}", run="run")
-    assert await publish(pool.client, pool.keys, policy) == ("new", 0)
 
 
 # Exact
@@ -77,7 +73,7 @@ async def test_exact_jobs_of_one_version_wait_beside_those_of_others(pool: Pool)
 
 async def test_an_exact_job_is_stale_once_its_version_is_over_and_nobody_serves_it(pool: Pool) -> None:
     await put_into(pool, exact(5))
-    await current(pool, 6)
+    await pool.publish(6)
     assert pool.sweep(6, 7).ended == 1
     [group] = await pool.results()
     assert (group.outcome, group.policy_version) == ("stale", 5)
@@ -89,7 +85,7 @@ async def test_an_exact_job_is_stale_once_its_version_is_over_and_nobody_serves_
 
 async def test_an_exact_job_of_a_version_that_a_host_serves_waits_on(pool: Pool) -> None:
     await put_into(pool, exact(5))
-    await current(pool, 6)
+    await pool.publish(6)
     assert pool.sweep(5, 6).ended == 0
     assert jobs_of(await pool.take(version=5)) == ["b/0"]
 
@@ -97,7 +93,7 @@ async def test_an_exact_job_of_a_version_that_a_host_serves_waits_on(pool: Pool)
 @pytest.mark.parametrize("version", [6, 7])
 async def test_an_exact_job_of_the_current_policy_or_a_newer_one_waits_on(pool: Pool, version: int) -> None:
     await put_into(pool, exact(version))
-    await current(pool, 6)
+    await pool.publish(6)
     assert pool.sweep().ended == 0
     assert jobs_of(await pool.take(version=version)) == ["b/0"]
 
@@ -115,7 +111,7 @@ async def test_many_exact_jobs_that_wait_for_a_host_hide_no_stale_one(pool: Pool
     entries = await pool.take(size)
     back = [GiveBack(entry=entry, record=Record(), place=exact(5)) for entry in entries]
     await give_back(pool.client, pool.keys, consumer="a:1", jobs=back)
-    await current(pool, 7)
+    await pool.publish(7)
     assert pool.sweep(5).ended == 1
     assert await pool.outcomes("stale") == {"0": "stale"}
     assert pool.sweep(7).ended == AT_ONCE
@@ -127,11 +123,139 @@ async def test_hosts_hear_once_of_a_batch_that_became_stale(pool: Pool) -> None:
     await pool.put(3)
     for entry in await pool.take():
         await pool.give_back(entry, exact(5))
-    await current(pool, 6)
+    await pool.publish(6)
     async with heard(pool) as channel:
         assert pool.sweep(6).ended == 3
         assert await next_of(channel) == b"run:b"
         assert await channel.get_message(timeout=0) is None
+
+
+async def test_each_run_has_a_current_policy_of_its_own_once_it_publishes_adapters(pool: Pool) -> None:
+    for run in ("lora", "plain"):
+        await put_into(pool, exact(8), run=run)
+    await pool.publish(6)
+    assert pool.sweep(6).ended == 0  # newer than the checkpoint: a host may still come to it
+    await pool.server.set(pool.keys.run_policy("lora"), 9)
+    assert pool.sweep(6).ended == 1
+    assert await pool.outcomes(run="lora") == {"0": "stale"}
+    assert await pool.outcomes(run="plain") == {"0": "open"}
+
+
+async def test_an_adapter_serves_its_own_run_alone(pool: Pool) -> None:
+    for run in ("lora", "other"):
+        await put_into(pool, exact(8), run=run)
+    await pool.publish(9)
+    assert pool.sweep(9, adapters=[("lora", 8)]).ended == 1
+    assert await pool.outcomes(run="other") == {"0": "stale"}
+    assert pool.sweep(9, adapters=[("lora", 7)]).ended == 1
+    assert await pool.outcomes(run="lora") == {"0": "stale"}
+
+
+async def test_a_checkpoint_serves_every_run(pool: Pool) -> None:
+    await put_into(pool, exact(8), run="lora")
+    await pool.server.set(pool.keys.run_policy("lora"), 9)
+    await pool.publish(10)
+    assert pool.sweep(8, 10, adapters=[("lora", 9)]).ended == 0
+
+
+async def test_a_checkpoint_that_ended_a_runs_adapters_makes_its_old_exact_jobs_stale(pool: Pool) -> None:
+    """`policy:RUN` stays where it was: no adapter of that number can be published any more."""
+    await put_into(pool, exact(11))
+    await pool.server.set(pool.keys.run_policy(RUN), 10)
+    await pool.publish(12)
+    assert pool.sweep(12).ended == 1
+
+
+async def test_a_run_without_any_policy_of_the_pool_has_its_adapters(pool: Pool) -> None:
+    """They are on the hosts' own initial model."""
+    await put_into(pool, exact(1))
+    await pool.server.set(pool.keys.run_policy(RUN), 2)
+    assert pool.sweep(0, adapters=[(RUN, 1)]).ended == 0
+    assert pool.sweep(0, adapters=[(RUN, 2)]).ended == 1
+
+
+async def test_many_runs_whose_exact_jobs_wait_hide_no_stale_one(pool: Pool) -> None:
+    for at in range(30):
+        await put_into(pool, exact(6), run=f"run-{at:02}")
+    await put_into(pool, exact(7), run="run-07", batch="stale")
+    await pool.publish(8)
+    assert pool.sweep(6).ended == 1
+    assert await pool.outcomes("stale", run="run-07") == {"0": "stale"}
+
+
+# Offers
+
+
+async def test_each_run_is_offered_what_the_host_serves_to_it(pool: Pool) -> None:
+    """A host on checkpoint 6, with adapters 7 and 9 of one run."""
+    for run in ("lora", "plain"):
+        for place in (parked(6), parked(9), parked(10), exact(6), exact(7), exact(8), exact(9)):
+            await put_into(pool, place, run=run, batch=f"{place.name}-{place.score}")
+    pulled = await pool.pull_offered(RunOffer("lora", 9, (6, 7, 9)), RunOffer("plain", 6, (6,)), wanted=20)
+    jobs = {run: {entry.job for entry in pulled.entries if entry.run == run} for run in ("lora", "plain")}
+    assert jobs == {
+        "lora": {"parked-6/0", "parked-9/0", "exact-6/0", "exact-7/0", "exact-9/0"},
+        "plain": {"parked-6/0", "exact-6/0"},
+    }
+
+
+@pytest.mark.parametrize("place", [None, READY, parked(0), exact(5)], ids=str)
+async def test_a_host_that_serves_nothing_to_a_run_gets_none_of_its_jobs(pool: Pool, place: Place | None) -> None:
+    for run in ("lora", "other"):
+        await pool.put(1, run=run)
+        if place is not None:
+            [entry] = await pool.take(runs=[run])
+            await pool.give_back(entry, place)
+    offers = [RunOffer("lora", 5, (5,)), RunOffer("other", None, ())]
+    assert [entry.run for entry in (await pool.pull_offered(*offers)).entries] == ["lora"]
+    assert (await pool.pull_offered(*offers)).entries == []
+    assert [entry.run for entry in await pool.take(runs=["lora", "other"])] == ["other"]
+    assert await pool.take(runs=[]) == []
+
+
+async def test_a_run_over_its_bound_does_not_hide_that_another_has_none(pool: Pool) -> None:
+    await pool.put(2)
+    await pool.settle(*map(ended, await pool.take(1)))
+    pulled = await pool.pull_offered(RunOffer(RUN, None, ()), bound=1)
+    assert (pulled.entries, pulled.full) == ([], frozenset())
+    pulled = await pool.pull_offered(RunOffer(RUN, 5, (5,)), bound=1)
+    assert (pulled.entries, pulled.full) == ([], frozenset({RUN}))
+
+
+async def test_what_waits_for_a_policy_is_released_of_every_run_that_is_reached(pool: Pool) -> None:
+    """No run's many keep another's few waiting."""
+    runs = [f"run-{at}" for at in range(3)]
+    for run in runs:
+        await pool.put(20, run=run)
+        entries = await pool.take(20, runs=[run])
+        back = [GiveBack(entry=entry, record=Record(), place=parked(7)) for entry in entries]
+        await give_back(pool.client, pool.keys, consumer="a:1", jobs=back)
+    taken = await pool.take(6, version=7, runs=runs)
+    assert sorted(entry.run for entry in taken) == sorted(runs * 2)
+
+
+async def test_a_parked_job_of_a_more_urgent_lane_goes_before_the_backlog_of_others(pool: Pool) -> None:
+    await put_into(pool, parked(7), run="one", batch="urgent", lane="high")
+    await pool.put(5, run="other")
+    assert [entry.run for entry in await pool.take(1, version=7, runs=["other", "one"])] == ["one"]
+
+
+async def test_one_call_releases_so_much_and_the_next_goes_on(pool: Pool) -> None:
+    """A new policy lets very many jobs go at once: the server serves others between."""
+    runs = [f"run-{at}" for at in range(6)]
+    for run in runs:
+        await pool.put(1500, run=run)
+        entries = await pool.take(1500, runs=[run])
+        back = [GiveBack(entry=entry, record=Record(), place=parked(7)) for entry in entries]
+        await give_back(pool.client, pool.keys, consumer="a:1", jobs=back)
+    assert await pool.take(1500, version=6, runs=runs) == []
+    taken = await pool.take(1500, version=7, runs=runs)
+    assert len(taken) == 1500
+    left = sum([await pool.server.zcard(pool.keys.parked(run)) for run in runs])
+    assert left >= 6 * 1500 - 2 * 4000
+    while more := await pool.take(1500, version=7, runs=runs):
+        taken += more
+    assert len({(entry.run, entry.job) for entry in taken}) == len(taken) == 6 * 1500
 
 
 # Ready
@@ -176,7 +300,9 @@ async def test_a_job_that_waits_is_cancelled_and_leaves_nothing(pool: Pool, plac
     await put_into(pool, place)
     assert await pool.finish(0, 0) == 1
     assert await pool.places() == {}
-    assert not await pool.server.exists(pool.keys.waiting, pool.keys.delayed, pool.keys.parked, pool.keys.exact)
+    assert not await pool.server.exists(
+        pool.keys.waiting, pool.keys.delayed, pool.keys.parked(RUN), pool.keys.exact(RUN)
+    )
     assert await pool.take(version=9) == []
     assert await pool.server.keys(pool.keys.ready("run", "*")) == []
     await pool.check("b")
@@ -186,7 +312,9 @@ async def test_a_job_that_waits_is_cancelled_and_leaves_nothing(pool: Pool, plac
 async def test_the_parts_of_a_group_that_wait_are_cancelled_with_it(pool: Pool, place: Place) -> None:
     await put_into(pool, place, parts=3)
     assert await pool.finish(0, 0) == 1
-    assert not await pool.server.exists(pool.keys.waiting, pool.keys.delayed, pool.keys.parked, pool.keys.exact)
+    assert not await pool.server.exists(
+        pool.keys.waiting, pool.keys.delayed, pool.keys.parked(RUN), pool.keys.exact(RUN)
+    )
     assert await pool.take(version=9) == []
     await pool.check("b", parts=3)
 

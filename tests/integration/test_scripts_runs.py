@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 import pytest
 from delivery import HOUR_MS, RUN, Pool, ended, jobs_of
 
-from rollpool.schemas import LANES, Policy
-from rollpool.schemas.scripts import Enqueued, Settlement, parked, publish
+from rollpool.schemas import LANES
+from rollpool.schemas.scripts import Enqueued, Settlement, parked
 from rollpool.schemas.staleness import StalenessRule
 from rollpool.schemas.wire import pack_model
 
@@ -130,14 +130,14 @@ async def put_under(pool: Pool, rule: StalenessRule, size: int, batch: str) -> E
 
 async def test_no_more_is_enqueued_than_will_be_fresh_when_it_is_trained_on(pool: Pool) -> None:
     rule = StalenessRule(max_staleness=1, batch_size=4)
-    await publish(pool.client, pool.keys, Policy(version=3, checkpoint="/3", run=RUN))
+    await pool.publish(3)
     assert await put_under(pool, rule, 6, "one") == Enqueued("new", 6)
     assert await put_under(pool, rule, 3, "two") == Enqueued("stale", 2)
     assert not await pool.server.exists(pool.keys.batch(RUN, "two"))
     assert await put_under(pool, rule, 2, "three") == Enqueued("new", 2)
     await settle_all(pool)  # `ok` counts like running: it is still to be trained on
     assert await put_under(pool, rule, 1, "four") == Enqueued("stale", 0)
-    await publish(pool.client, pool.keys, Policy(version=4, checkpoint="/4", run=RUN))
+    await pool.publish(4)
     assert await put_under(pool, rule, 5, "five") == Enqueued("stale", 4)
     assert await put_under(pool, rule, 4, "six") == Enqueued("new", 4)
 
@@ -158,7 +158,7 @@ async def test_what_did_not_end_ok_makes_room(pool: Pool) -> None:
 
 async def test_a_run_that_comes_late_to_the_rule_starts_from_what_it_has(pool: Pool) -> None:
     rule = StalenessRule(max_staleness=0, batch_size=2)
-    await publish(pool.client, pool.keys, Policy(version=100, checkpoint="/100", run=RUN))
+    await pool.publish(100)
     await pool.put(50, batch="before")
     await settle_all(pool)
     assert await put_under(pool, rule, 3, "b") == Enqueued("stale", 2)
@@ -169,11 +169,11 @@ async def test_a_run_that_comes_late_to_the_rule_starts_from_what_it_has(pool: P
 async def test_the_first_policy_gives_no_room_for_versions_that_never_were(pool: Pool) -> None:
     rule = StalenessRule(max_staleness=0, batch_size=2)
     assert await put_under(pool, rule, 2, "b") == Enqueued("new", 2)
-    await publish(pool.client, pool.keys, Policy(version=100, checkpoint="/100", run=RUN))
+    await pool.publish(100)
     assert await put_under(pool, rule, 1, "c") == Enqueued("stale", 0)
     await pool.finish(0, 0)
     assert await put_under(pool, rule, 1, "c") == Enqueued("new", 1)
-    await publish(pool.client, pool.keys, Policy(version=101, checkpoint="/101", run=RUN))
+    await pool.publish(101)
     assert await put_under(pool, rule, 2, "d") == Enqueued("new", 2)
 
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,11 @@ from rollpool.ops.sim import (
     HANG,
     KILL,
     REFUSE,
+    adapted,
     logprobs_of,
     made_by,
+    made_by_spans,
+    make_sim_adapter,
     make_sim_model,
     sim_engine,
 )
@@ -33,11 +38,13 @@ from rollpool.worker.engines.http_engine import HttpEngine
 from rollpool.worker.engines.process import LIFELINE_ENV, EngineProcess, free_port
 from rollpool.worker.engines.process_group import alive, members
 from rollpool.worker.engines.protocol import (
+    Adapter,
     ChatRequest,
     Completion,
     EngineUnavailable,
     RequestRefused,
     SampleRequest,
+    WeightsRefused,
     new_rid,
 )
 from rollpool.worker.engines.settings import EngineSettings
@@ -65,8 +72,8 @@ def model(tmp_path: Path) -> str:
     return str(make_sim_model(tmp_path / "model", signature=SIGNATURE))
 
 
-def settings(tmp_path: Path, **changes: Any) -> EngineSettings:
-    made = sim_engine(max_running_requests=2, step_ms=2, start_s=0, median_tokens=20)
+def settings(tmp_path: Path, kind: dict[str, Any] | None = None, **changes: Any) -> EngineSettings:
+    made = sim_engine(max_running_requests=2, step_ms=2, start_s=0, median_tokens=20, **(kind or {}))
     return EngineSettings(**{**made, "jit_cache_dir": tmp_path / "jit", "start_timeout_s": 60, **changes})
 
 
@@ -277,9 +284,8 @@ async def test_a_health_check_alone_generates(sim: Sim) -> None:
     assert (before.steps or 0) + 1 == after.steps
 
 
-async def test_an_abort_ends_a_running_request_with_what_it_has(sim: Sim) -> None:
-    asked = request(max_new_tokens=ENDLESS, ignore_eos=True)
-    call = asyncio.create_task(sim.engine.generate(asked))
+async def until_decodes(sim: Sim) -> None:
+    """Until the one request has more tokens than it has now."""
     before = await sim.engine.load()
     assert before is not None
 
@@ -288,6 +294,12 @@ async def test_an_abort_ends_a_running_request_with_what_it_has(sim: Sim) -> Non
         return load is not None and load.running == 1 and load.steps != before.steps
 
     await until(decodes)
+
+
+async def test_an_abort_ends_a_running_request_with_what_it_has(sim: Sim) -> None:
+    asked = request(max_new_tokens=ENDLESS, ignore_eos=True)
+    call = asyncio.create_task(sim.engine.generate(asked))
+    await until_decodes(sim)
     await sim.engine.abort([asked.rid])
     done = await call
     assert done.finish_reason == "abort"
@@ -415,6 +427,265 @@ async def test_nothing_is_left_when_the_worker_that_started_it_is_gone(tmp_path:
         os.close(write_end)
         assert await process.wait() == -signal.SIGKILL
     await until(lambda: not members(process.pid))
+
+
+class Surface:
+    """An engine that nobody but the test speaks with; started with what makes it one of its kind."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+        self._url = url
+        self._session = session
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        async with self._session.get(self._url + path) as got:
+            return got.status, await got.json() if got.content_type == "application/json" else None
+
+    async def post(self, path: str, **body: Any) -> tuple[int, Any]:
+        async with self._session.post(self._url + path, json=body) as got:
+            return got.status, await got.json() if got.content_type == "application/json" else None
+
+    def begin(self, rid: str = "", lora: str | None = None, tokens: int = 150) -> "asyncio.Task[Any]":
+        """A request of so many tokens; its reply."""
+        sampling = {"max_new_tokens": tokens, "ignore_eos": True}
+        body = {"rid": rid, "input_ids": [5, 6, 7], "sampling_params": sampling, "return_logprob": True}
+        return asyncio.create_task(self.post("/generate", **body, **({"lora_path": lora} if lora else {})))
+
+    async def swap(self, path: Path, version: str, **options: Any) -> tuple[int, Any]:
+        body = {"model_path": str(path), "weight_version": version, "flush_cache": True}
+        return await self.post("/update_weights_from_disk", **{**body, "abort_all_requests": False, **options})
+
+    async def until_runs(self, running: int, waiting: int = 0, steps: int = 1) -> None:
+        async def runs() -> bool:
+            (state,) = (await self.get("/get_server_info"))[1]["internal_states"]
+            counts = state["running_batch_size"], state["waiting_queue_size"]
+            return counts == (running, waiting) and state["forward_ct_decode"] >= steps
+
+        await until(runs, f"{running} run and {waiting} wait")
+
+
+@pytest.fixture
+async def launch(tmp_path: Path, model: str) -> AsyncIterator[Callable[..., Any]]:
+    """Start an engine by its command line, and wait until it answers; None when it ends instead."""
+    processes: list[asyncio.subprocess.Process] = []
+    async with aiohttp.ClientSession() as session:
+
+        async def launching(*flags: str, path: Path | str = model, **env: str) -> Surface | None:
+            port = free_port("127.0.0.1")
+            flags = ("--port", str(port), "--skip-server-warmup", "--sim-start-s", "0", "--sim-step-ms", "2", *flags)
+            launcher = str(settings(tmp_path).launcher)
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, launcher, "--model-path", str(path), "--max-running-requests", "2", *flags),
+                env={**os.environ, **env},
+                start_new_session=True,
+            )
+            processes.append(process)
+            made = Surface(f"http://127.0.0.1:{port}", session)
+
+            async def decided() -> bool:
+                with contextlib.suppress(aiohttp.ClientError):
+                    return (await made.get("/get_model_info"))[0] == 200
+                return process.returncode is not None
+
+            await until(decided, "it answers, or ends")
+            return made if process.returncode is None else None
+
+        yield launching
+        for process in processes:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+
+SWAPS = ("--sim-hot-swap", "--sim-swap-s", "0", "--sim-stall-s", "0")
+CHANGES = {"/update_weights_from_disk", "/load_lora_adapter", "/unload_lora_adapter", "/rollpool_engine"}
+
+
+def proved(reply: Any, signatures: dict[int, int]) -> list[int]:
+    """The versions of a reply, once its tokens and log-probs are known to be made by them."""
+    status, said = reply
+    assert status == 200
+    ids, meta = said["output_ids"], said["meta_info"]
+    spans = [(int(each["version"]), each["start"], each["end"]) for each in meta["weight_versions"]]
+    logprobs = [row[0] for row in meta["output_token_logprobs"][-meta["completion_tokens"] :]]
+    assert [row[1] for row in meta["output_token_logprobs"][-len(ids) :]] == ids
+    assert made_by_spans(signatures, [5, 6, 7], ids, spans, logprobs=logprobs, most_pieces=1)
+    return [version for version, _, _ in spans]
+
+
+async def test_requests_go_on_under_new_weights_from_the_tokens_they_have(
+    launch: Callable[..., Any], tmp_path: Path
+) -> None:
+    sim = await launch(*SWAPS, ROLLPOOL_WEIGHT_VERSION="3")
+    calls = [sim.begin("a", tokens=ENDLESS), sim.begin("b", tokens=ENDLESS)]
+    await sim.until_runs(2)
+    calls.append(sim.begin("c", tokens=20))
+    await sim.until_runs(2, waiting=1)
+    status, said = await sim.swap(make_sim_model(tmp_path / "next", signature=8), "4")
+    assert (status, said["success"], said["num_paused_requests"]) == (200, True, 2)
+    await sim.until_runs(2, waiting=1)  # steps are counted from the flush
+    for rid in "ab":
+        await sim.post("/abort_request", rid=rid)
+    signatures = {3: SIGNATURE, 4: 8}
+    assert [proved(await call, signatures) for call in calls] == [[3, 4], [3, 4], [4]], "who waited, begins anew"
+    assert proved(await sim.begin(), signatures) == [4]
+
+
+async def test_a_worker_changes_the_weights_and_the_adapters(start: Callable[..., Any], tmp_path: Path) -> None:
+    kind = {"hot_swap": True, "lora": "runtime", "swap_s": 0, "stall_s": 0}
+    sim = await start(kind=kind, adapter_slots=2)
+    facts, engine = sim.engine.facts, sim.engine
+    assert (facts.swaps, facts.lora, facts.adapter_slots) == (True, "runtime", 2)
+    await engine.load_adapter(Adapter("a", str(make_sim_adapter(tmp_path / "a", 10))))
+    asked = replace(request(max_new_tokens=ENDLESS, ignore_eos=True), lora_path="a")
+    call = asyncio.create_task(engine.generate(asked))
+    await until_decodes(sim)
+    await engine.swap(str(make_sim_model(tmp_path / "next", signature=8)), 5)
+    await until_decodes(sim)
+    await engine.abort([asked.rid])
+    done = await call
+    assert [span.version for span in done.version_spans] == [0, 5]
+    signatures = {0: adapted(SIGNATURE, 10), 5: adapted(8, 10)}
+    assert made_by_spans(
+        signatures, [5, 6, 7], done.output_ids, done.version_spans, logprobs=done.logprobs, most_pieces=1
+    )
+    await engine.unload_adapter("a")
+    await engine.flush_cache()
+    with pytest.raises(WeightsRefused, match="hidden_size") as refused:
+        await engine.swap(str(make_sim_model(tmp_path / "other", signature=9, hidden_size=16)), 6)
+    assert refused.value.restart_may_help
+    assert made_by(8, [5, 6, 7], (await sim.generate(max_new_tokens=30)).output_ids)
+
+
+async def test_many_changes_are_many_spans(launch: Callable[..., Any], tmp_path: Path) -> None:
+    sim = await launch(*SWAPS)
+    signatures = {0: SIGNATURE} | {version: 100 + version for version in range(1, 5)}
+    call = sim.begin("mine", tokens=ENDLESS)
+    for version in itertools.islice(signatures, 1, None):
+        await sim.until_runs(1)
+        path = make_sim_model(tmp_path / str(version), signature=signatures[version])
+        assert (await sim.swap(path, str(version), staging="leaf"))[0] == 200
+    await sim.until_runs(1)
+    await sim.post("/abort_request", rid="mine")
+    assert proved(await call, signatures) == list(signatures)
+
+
+async def test_a_request_aborted_after_a_change_keeps_what_both_made(
+    launch: Callable[..., Any], tmp_path: Path
+) -> None:
+    sim = await launch(*SWAPS)
+    call = sim.begin("mine", tokens=ENDLESS)
+    await sim.until_runs(1)
+    await sim.swap(make_sim_model(tmp_path / "next", signature=8), "1")
+    await sim.until_runs(1)
+    await sim.post("/abort_request", rid="mine")
+    status, said = await call
+    assert said["meta_info"]["finish_reason"]["type"] == "abort"
+    assert 0 < len(said["output_ids"]) < ENDLESS
+    assert proved((status, said), {0: SIGNATURE, 1: 8}) == [0, 1]
+
+
+async def test_what_was_aborted_goes_on_elsewhere_as_one_sample(launch: Callable[..., Any], tmp_path: Path) -> None:
+    sim = await launch(*SWAPS)
+    call = sim.begin("mine", tokens=ENDLESS)
+    await sim.until_runs(1, steps=12)
+    await sim.post("/abort_request", rid="mine")
+    part = (await call)[1]["output_ids"]
+    other = await launch(*SWAPS, path=make_sim_model(tmp_path / "next", signature=8))
+    sampling = {"max_new_tokens": 30, "ignore_eos": True}
+    _, said = await other.post("/generate", input_ids=[5, 6, 7, *part], sampling_params=sampling, return_logprob=True)
+    whole, cut = [*part, *said["output_ids"]], len(part)
+    assert made_by_spans({1: SIGNATURE, 2: 8}, [5, 6, 7], whole, [(1, 0, cut), (2, cut, cut + 30)], most_pieces=1)
+
+
+async def test_what_it_refuses_leaves_the_old_weights_serving(launch: Callable[..., Any], tmp_path: Path) -> None:
+    sim = await launch(*SWAPS)
+    call = sim.begin(tokens=400)
+    await sim.until_runs(1)
+    broken = make_sim_model(tmp_path / "broken", signature=8)
+    (broken / "model.safetensors").write_bytes(b"short")
+    larger = make_sim_model(tmp_path / "larger", signature=8, hidden_size=16)
+    faulty = make_sim_model(tmp_path / "faulty", signature=8, fault="swap")
+    for path, may_help in ((broken, False), (larger, True), (faulty, False)):
+        status, said = await sim.swap(path, "1")
+        assert (status, said["success"], said["restart_may_help"]) == (400, False, may_help)
+        assert said["message"]
+    assert (await sim.swap(larger, "1", staging="magic"))[0] == 400
+    assert (await sim.post("/update_weights_from_disk", model_path=str(larger)))[0] == 400, "no label"
+    assert proved(await call, {0: SIGNATURE}) == [0]
+
+
+async def test_weights_with_a_fault_do_not_start_or_do_not_generate(launch: Callable[..., Any], tmp_path: Path) -> None:
+    assert await launch(path=make_sim_model(tmp_path / "start", signature=8, fault="start")) is None
+    sim = await launch(path=make_sim_model(tmp_path / "probe", signature=8, fault="probe"))
+    assert (await sim.begin())[0] == 500
+
+
+async def test_an_engine_without_changes_has_none_of_their_routes(launch: Callable[..., Any], tmp_path: Path) -> None:
+    sim = await launch()
+    status, described = await sim.get("/openapi.json")
+    assert status == 200
+    assert {"/generate", "/flush_cache", "/openapi.json"} <= described["paths"].keys()
+    assert not CHANGES & described["paths"].keys()
+    assert (await sim.swap(tmp_path, "1"))[0] == 404
+    status, said = await sim.begin()
+    assert "weight_versions" not in said["meta_info"]
+    assert made_by(SIGNATURE, [5, 6, 7], said["output_ids"])
+    status, said = await sim.begin(lora="a")
+    assert (status, "never been loaded: a" in said["error"]["message"]) == (400, True)
+
+
+async def test_adapters_of_the_launch_make_policies_of_their_own(launch: Callable[..., Any], tmp_path: Path) -> None:
+    paths = [f"{name}={make_sim_adapter(tmp_path / name, 10 + number)}" for number, name in enumerate("ab")]
+    sim = await launch("--sim-lora", "launch", "--enable-lora", "--max-loras-per-batch", "3", "--lora-paths", *paths)
+    assert not CHANGES & (await sim.get("/openapi.json"))[1]["paths"].keys()
+    info = (await sim.get("/get_server_info"))[1]
+    assert (info["enable_lora"], info["max_loras_per_batch"]) == (True, 3)
+    for lora, signature in (("a", adapted(SIGNATURE, 10)), ("b", adapted(SIGNATURE, 11)), (None, SIGNATURE)):
+        assert made_by(signature, [5, 6, 7], (await sim.begin(lora=lora))[1]["output_ids"])
+    assert (await sim.begin(lora="c"))[0] == 400
+
+
+async def test_adapters_come_and_go_while_it_serves(launch: Callable[..., Any], tmp_path: Path) -> None:
+    sim = await launch("--sim-lora", "runtime", "--enable-lora", "--max-loras-per-batch", "2", *SWAPS)
+    told = {"hot_swap": True, "lora": "runtime", "adapter_slots": 1, "reason": ""}
+    assert await sim.get("/rollpool_engine") == (200, told)
+    assert (await sim.get("/openapi.json"))[1]["paths"].keys() >= CHANGES
+    paths = {name: str(make_sim_adapter(tmp_path / name, 10 + number)) for number, name in enumerate("ab")}
+    for _ in range(2):
+        loaded = {"success": True, "message": "", "loaded_adapters": {"a": paths["a"]}}
+        assert await sim.post("/load_lora_adapter", lora_name="a", lora_path=paths["a"]) == (200, loaded)
+    status, said = await sim.post("/load_lora_adapter", lora_name="b", lora_path=paths["b"])
+    assert (status, said["success"], said["loaded_adapters"]) == (400, False, {"a": paths["a"]})
+    call = sim.begin("mine", lora="a", tokens=ENDLESS)
+    await sim.until_runs(1)
+    assert (await sim.post("/unload_lora_adapter", lora_name="a"))[0] == 400, "it is in use"
+    await sim.swap(make_sim_model(tmp_path / "next", signature=8), "1")
+    await sim.until_runs(1)
+    await sim.post("/abort_request", rid="mine")
+    assert proved(await call, {0: adapted(SIGNATURE, 10), 1: adapted(8, 10)}) == [0, 1]
+    assert (await sim.post("/unload_lora_adapter", lora_name="a"))[0] == 200
+    assert (await sim.begin(lora="a"))[0] == 400
+    assert (await sim.post("/load_lora_adapter", lora_name="b", lora_path=paths["b"]))[0] == 200
+    assert proved(await sim.begin(lora="b"), {1: adapted(8, 11)}) == [1]
+
+
+async def test_adapters_that_nobody_asked_for_at_the_launch_are_off(launch: Callable[..., Any], tmp_path: Path) -> None:
+    sim = await launch("--sim-lora", "runtime")
+    told = (await sim.get("/rollpool_engine"))[1]
+    assert (told["hot_swap"], told["lora"], told["adapter_slots"]) == (False, "none", 0)
+    assert "--enable-lora" in told["reason"]
+    path = str(make_sim_adapter(tmp_path / "a", 10))
+    assert (await sim.post("/load_lora_adapter", lora_name="a", lora_path=path))[0] == 400
+
+
+async def test_the_cache_is_flushed_while_nothing_runs(launch: Callable[..., Any]) -> None:
+    sim = await launch()
+    call = sim.begin("mine", tokens=ENDLESS)
+    await sim.until_runs(1)
+    assert (await sim.post("/flush_cache"))[0] == 400
+    await sim.post("/abort_request", rid="mine")
+    await call
+    assert (await sim.post("/flush_cache"))[0] == 200
 
 
 @pytest.fixture

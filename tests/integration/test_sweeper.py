@@ -357,7 +357,41 @@ async def test_an_exact_job_is_stale_once_no_host_serves_its_version(scene: Scen
     beat(scene, "old", policy="5")
     sweeper.sweep(now=0.1)  # soon, since a job waits so
     assert scene.state() == "stale"
-    assert (scene.server.zcard(scene.keys.exact), scene.records()) == (0, {})
+    assert (scene.server.zcard(scene.keys.exact(RUN)), scene.records()) == (0, {})
+
+
+async def test_an_exact_job_waits_for_the_only_host_on_its_version_while_that_restarts_its_engine(scene: Scene) -> None:
+    await wait_exactly(scene, 3)
+    scene.server.set(scene.keys.policy, 5)
+    beat(scene, "old", state="starting", policy="", heading="3")
+    scene.sweeper().sweep(now=0.0)
+    assert scene.state() == "open"
+    beat(scene, "old", state="changing", policy="", heading="5")
+    scene.sweeper().sweep(now=0.0)
+    assert scene.state() == "stale"
+
+
+@pytest.mark.parametrize(
+    ("adapters", "state"), [("r:2,3", "open"), ("other:3 r:3", "open"), ("r:4", "stale"), ("other:3", "stale")]
+)
+async def test_an_exact_job_waits_for_a_host_that_has_the_adapter_of_its_run(
+    scene: Scene, adapters: str, state: str
+) -> None:
+    await wait_exactly(scene, 3)
+    scene.server.set(scene.keys.run_policy(RUN), 5)
+    beat(scene, "host", policy="1", adapters=adapters)
+    scene.sweeper().sweep(now=0.0)
+    assert scene.state() == state
+
+
+async def test_of_many_runs_each_with_exact_jobs_is_looked_at_soon(scene: Scene) -> None:
+    sweeper = scene.sweeper()
+    sweeper.sweep(now=0.0)
+    await wait_exactly(scene, 3)
+    scene.server.sadd(scene.keys.runs, *(f"other-{at}" for at in range(50)))
+    scene.server.set(scene.keys.policy, 5)
+    sweeper.sweep(now=0.1)
+    assert scene.state() == "stale"
 
 
 @pytest.mark.parametrize("version", [5, 6])
@@ -371,8 +405,10 @@ async def test_an_exact_job_waits_for_what_is_current_or_still_to_come(scene: Sc
 async def test_heartbeats_that_somebody_made_up_stop_nobody(scene: Scene) -> None:
     await wait_exactly(scene, 3)
     scene.server.set(scene.keys.policy, 5)
-    for made_up in ("x", "-1", "²", "9" * 5000, "3.0"):
-        beat(scene, f"w{len(made_up)}", policy=made_up)
+    for at, made_up in enumerate(
+        ("x", "-1", "²", "9" * 5000, "3.0", ":3", "a:b:3", f"{RUN}:{'9' * 5000},²,-3", ": , :")
+    ):
+        beat(scene, f"w{at}", policy=made_up, heading=made_up, adapters=made_up)
     scene.server.hset(scene.keys.worker("empty"), "other", "x")
     scene.server.set(scene.keys.worker("wrong"), "a string")
     scene.sweeper().sweep(now=0.0)
@@ -381,7 +417,7 @@ async def test_heartbeats_that_somebody_made_up_stop_nobody(scene: Scene) -> Non
 
 async def test_a_key_of_another_type_in_the_way_keeps_no_lost_job(scene: Scene) -> None:
     await scene.put(1)
-    for key in (scene.keys.exact, scene.keys.policy, scene.keys.deadlines):
+    for key in (scene.keys.exact(RUN), scene.keys.policy, scene.keys.run_policy(RUN), scene.keys.deadlines):
         scene.server.rpush(key, "a list")
     keeper = scene.keeper(clock=(clock := Clock()))
     for _ in range(2):

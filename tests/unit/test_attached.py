@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,17 @@ import pytest
 from fakes import FakeEngine, completion, fake_engine
 from waiting import until
 
-from rollpool.schemas import EngineUnavailable, SamplingParams
+from rollpool.schemas import EngineUnavailable, Policy, PolicyRejected, SamplingParams, VersionSpan
 from rollpool.worker.engines.attached import GuardedEngine
 from rollpool.worker.engines.owner import AttachedEngine
-from rollpool.worker.engines.protocol import ChatRequest, EngineLoad, SampleRequest, new_rid
+from rollpool.worker.engines.protocol import (
+    Adapter,
+    ChatRequest,
+    EngineLoad,
+    SampleRequest,
+    WeightsRefused,
+    new_rid,
+)
 from rollpool.worker.engines.settings import EngineSettings
 
 
@@ -23,6 +31,8 @@ class Attached(FakeEngine):
     alive: Callable[[], EngineLoad | None] = EngineLoad
     asked = 0
     answer: asyncio.Event | None = None
+    #: What was done to it beside generating.
+    changes: list[str]
 
     async def identify(self) -> str:
         self.asked += 1
@@ -37,10 +47,21 @@ class Attached(FakeEngine):
         await asyncio.sleep(0)
         return self.alive()
 
+    async def load_adapter(self, adapter: Adapter) -> None:
+        self.changes.append(f"load {adapter.name}")
+
+    async def unload_adapter(self, name: str) -> None:
+        self.changes.append(f"unload {name}")
+
+    async def flush_cache(self) -> None:
+        self.changes.append("flush")
+
 
 @pytest.fixture
 def engine() -> Attached:
-    return Attached(fake_engine().facts, lambda _: completion())
+    made = Attached(fake_engine().facts, lambda _: completion())
+    made.changes = []
+    return made
 
 
 @pytest.fixture
@@ -155,3 +176,45 @@ async def test_the_watch_ends_with_the_reason_once_the_engine_is_another(
         with pytest.raises(EngineUnavailable):
             await guarded.generate(request())
     assert "was replaced" in await watching
+
+
+async def test_adapters_lie_beside_weights_that_are_not_ours_to_change(
+    engine: Attached, guarded: GuardedEngine
+) -> None:
+    await guarded.load_adapter(Adapter("a", "/a"))
+    await guarded.unload_adapter("a")
+    await guarded.flush_cache()
+    assert engine.changes == ["load a", "unload a", "flush"]
+    assert not guarded.facts.swaps
+    with pytest.raises(WeightsRefused, match="not this worker's to change") as refused:
+        await guarded.swap("/models/b", 2)
+    assert not refused.value.restart_may_help
+
+
+async def test_an_adapter_of_a_replaced_engine_is_not_counted_on(engine: Attached, guarded: GuardedEngine) -> None:
+    engine.identity = "another"
+    with pytest.raises(EngineUnavailable, match="was replaced"):
+        await guarded.load_adapter(Adapter("a", "/a"))
+    for call in (guarded.load_adapter(Adapter("b", "/b")), guarded.unload_adapter("a"), guarded.flush_cache()):
+        with pytest.raises(EngineUnavailable, match="was replaced"):
+            await call
+    assert engine.changes == ["load a"]
+
+
+async def test_what_an_attached_engine_calls_its_weights_is_not_the_pools_version(
+    engine: Attached, guarded: GuardedEngine
+) -> None:
+    engine.reply = lambda _: replace(completion(), version_spans=(VersionSpan(5, 0, 2),))
+    assert (await guarded.generate(request())).version_spans == ()
+    engine.reply = lambda _: replace(completion(), version_spans=(VersionSpan(5, 0, 1), VersionSpan(6, 1, 2)))
+    with pytest.raises(EngineUnavailable, match="were changed while it generated"):
+        await guarded.generate(request())
+
+
+async def test_nothing_is_staged_for_an_attached_engine() -> None:
+    owner = AttachedEngine(EngineSettings(url="http://127.0.0.1:1"))
+    adapter = Policy(version=3, lora_path="/adapters/3", run="r")
+    assert await owner.stage(adapter, lambda done, whole: None) == "/adapters/3"
+    owner.keep(["/adapters/3"])
+    with pytest.raises(PolicyRejected, match="not this worker's to restart"):
+        await owner.merge("/models/a", adapter, "/adapters/3")

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from rollpool.schemas.jobs import SamplingParams
+from rollpool.schemas.results import VersionSpan
 from rollpool.worker.engines.dialects import Main, Post1, check_fits, error_message, pick_dialect
 from rollpool.worker.engines.protocol import (
+    Adapter,
     ChatRequest,
     EngineFacts,
     EngineUnavailable,
@@ -23,6 +25,13 @@ from rollpool.worker.engines.protocol import (
     new_rid,
 )
 from rollpool.worker.engines.settings import EngineSettings
+from rollpool.worker.engines.surface import Surface, routes_of
+
+#: A server that lists nothing.
+BARE = Surface()
+
+#: One that changes weights and adapters while it serves.
+CHANGES = Surface(frozenset({"/update_weights_from_disk", "/load_lora_adapter", "/unload_lora_adapter"}))
 
 BOTH = pytest.mark.parametrize("dialect", [Main(), Post1()], ids=["main", "post1"])
 
@@ -38,6 +47,7 @@ MAIN_INFO: dict[str, Any] = {
     "page_size": 1,
     "attention_backend": "native",
     "enable_lora": True,
+    "max_loras_per_batch": 5,
     "skip_server_warmup": True,
     "internal_states": [
         {
@@ -186,8 +196,9 @@ def test_an_abort_that_was_asked_for_keeps_what_there_is() -> None:
     asked = request()
     done = Main().parse_generate(reply(asked, rows_of(2), finish_reason={"type": "abort"}), asked, aborted=True)
     assert (done.finish_reason, done.output_ids.tolist()) == ("abort", [10, 11])
-    bare = {"text": "", "meta_info": {"id": asked.rid, "finish_reason": {"type": "abort"}}}
-    assert Main().parse_generate(bare, asked, aborted=True).output_ids.size == 0
+    bare = {"text": "cut off", "meta_info": {"id": asked.rid, "finish_reason": {"type": "abort"}}}
+    nothing = Main().parse_generate(bare, asked, aborted=True)
+    assert (nothing.output_ids.size, nothing.text) == (0, "")
 
 
 def test_an_abort_for_the_requests_own_fault_is_a_refusal() -> None:
@@ -223,7 +234,7 @@ def test_main_runs_the_least_of_argument_pool_and_attention_limit(
 ) -> None:
     state = MAIN_INFO["internal_states"][0] | {"req_to_token_pool_total": pool}
     info = MAIN_INFO | changes | {"internal_states": [state]}
-    assert Main().parse_facts(info, identity="i").max_running_requests == expected
+    assert Main().parse_facts(info, BARE, identity="i").max_running_requests == expected
 
 
 @pytest.mark.parametrize(("asked", "tokens", "expected"), [(16, 4096, 16), (None, 4096, 2048), (None, 10**6, 4097)])
@@ -231,18 +242,106 @@ def test_post1_runs_the_least_of_argument_and_the_pool_it_does_not_tell(
     asked: int | None, tokens: int, expected: int
 ) -> None:
     info = POST1_INFO | {"max_running_requests": asked, "max_total_num_tokens": tokens}
-    assert Post1().parse_facts(info, identity="i").max_running_requests == expected
+    assert Post1().parse_facts(info, BARE, identity="i").max_running_requests == expected
 
 
-def test_facts_say_whether_this_engine_was_launched_with_adapters() -> None:
-    assert Main().parse_facts(MAIN_INFO, identity="i").lora
-    assert not Main().parse_facts(MAIN_INFO | {"enable_lora": None}, identity="i").lora
-    assert not Post1().parse_facts(POST1_INFO | {"enable_lora": True}, identity="i").lora
+@pytest.mark.parametrize(
+    ("changes", "surface", "expected"),
+    [
+        ({}, BARE, ("launch", 4)),
+        ({"enable_lora": False, "lora_paths": [{"lora_name": "a"}]}, BARE, ("launch", 4)),
+        ({}, CHANGES, ("runtime", 4)),
+        ({}, Surface(frozenset({"/load_lora_adapter"})), ("launch", 4)),  # its slots could never be freed
+        ({}, replace(CHANGES, about={"lora": "launch"}), ("launch", 4)),
+        ({}, replace(CHANGES, about={"lora": "none"}), ("none", 0)),
+        ({}, Surface(about={"lora": "runtime"}), ("launch", 4)),
+        ({"enable_lora": None}, CHANGES, ("none", 0)),
+        ({"max_loras_per_batch": 1}, CHANGES, ("none", 0)),
+        ({"enable_static_lora": True}, CHANGES, ("none", 0)),
+    ],
+)
+def test_facts_say_how_this_engine_comes_to_adapters_and_how_many(
+    changes: dict[str, Any], surface: Surface, expected: tuple[str, int]
+) -> None:
+    told = Main().parse_facts(MAIN_INFO | changes, surface, identity="i")
+    assert (told.lora, told.adapter_slots) == expected
+
+
+def test_post1_has_no_adapters_whatever_it_says() -> None:
+    told = Post1().parse_facts(POST1_INFO | {"enable_lora": True, "max_loras_per_batch": 5}, CHANGES, identity="i")
+    assert (told.lora, told.adapter_slots) == ("none", 0)
+
+
+@pytest.mark.parametrize(
+    ("surface", "why"),
+    [
+        (CHANGES, ""),
+        (replace(CHANGES, about={"hot_swap": True}), ""),
+        (replace(CHANGES, about={"hot_swap": False, "reason": "tied weights"}), "tied weights"),
+        (BARE, "it has no route /update_weights_from_disk"),
+    ],
+)
+def test_weights_are_changed_only_where_a_route_is_listed_and_not_denied(surface: Surface, why: str) -> None:
+    assert surface.no_swap == why
+    assert Main().parse_facts(MAIN_INFO, surface, identity="i").swaps is (why == "")
+
+
+@pytest.mark.parametrize("document", [None, [], {}, {"paths": None}, "x"])
+def test_a_document_that_is_none_lists_no_routes(document: Any) -> None:
+    assert routes_of(document) == frozenset()
+    assert routes_of({"paths": {"/a": {}}}) == {"/a"}
+
+
+def spans(*told: tuple[Any, Any, Any]) -> list[dict[str, Any]]:
+    return [{"version": version, "start": start, "end": end} for version, start, end in told]
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (spans(("7", 0, 3)), [(7, 0, 3)]),
+        (spans(("7", 0, 1), ("9", 1, 3)), [(7, 0, 1), (9, 1, 3)]),
+        (spans(("7", 0, 1), ("9", 1, 5)), [(7, 0, 1), (9, 1, 3)]),  # the engine sampled more than counts
+        (spans(("7", 0, 3), ("9", 3, 4)), [(7, 0, 3)]),
+        (spans(("7", 0, 0), ("9", 0, 3)), [(9, 0, 3)]),
+        (None, []),
+    ],
+)
+@BOTH
+def test_version_spans_cover_the_tokens_that_count(
+    dialect: Main | Post1, told: Any, expected: list[tuple[int, int, int]]
+) -> None:
+    asked = request()
+    done = dialect.parse_generate(reply(asked, rows_of(3), weight_versions=told), asked)
+    assert done.version_spans == tuple(VersionSpan(*span) for span in expected)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [],
+        spans(("7", 0, 2)),
+        spans(("7", 1, 3)),
+        spans(("7", 0, 1), ("9", 2, 3)),
+        spans(("7", 0, 2), ("9", 1, 3)),
+        spans(("7", 0, 2), ("8", 2, 1), ("9", 1, 3)),
+        spans(("default", 0, 3)),
+        spans(("-1", 0, 3)),
+        spans((None, 0, 3)),
+        [{"version": "7"}],
+        "7",
+        7,
+    ],
+)
+def test_tokens_that_cannot_be_attributed_are_the_engines_fault(told: Any) -> None:
+    asked = request()
+    with pytest.raises(EngineUnavailable, match="which weights made them; run the request again"):
+        Main().parse_generate(reply(asked, rows_of(3), weight_versions=told), asked)
 
 
 def test_facts_of_a_server_that_is_not_sglang_jax_are_refused() -> None:
     with pytest.raises(EngineUnavailable, match="get_server_info"):
-        Main().parse_facts({"version": "1"}, identity="i")
+        Main().parse_facts({"version": "1"}, BARE, identity="i")
 
 
 def test_load_counts_the_prefix_cache_as_free() -> None:
@@ -276,7 +375,7 @@ def test_a_version_picks_its_dialect(version: str, line: str) -> None:
 
 
 def facts(**changes: Any) -> EngineFacts:
-    return replace(Main().parse_facts(MAIN_INFO, identity="i"), **changes)
+    return replace(Main().parse_facts(MAIN_INFO, BARE, identity="i"), **changes)
 
 
 @pytest.mark.parametrize(
@@ -294,8 +393,9 @@ def test_what_the_engine_would_cut_or_abort_is_never_sent(prompt: int, new: int,
 
 def test_an_engine_launched_without_adapters_is_never_sent_one() -> None:
     with pytest.raises(RequestRefused, match="silently ignore"):
-        check_fits(facts(lora=False), request(lora_path="a"))
-    check_fits(facts(lora=True), request(lora_path="a"))
+        check_fits(facts(lora="none"), request(lora_path="a"))
+    for support in ("launch", "runtime"):
+        check_fits(facts(lora=support), request(lora_path="a"))
 
 
 @BOTH
@@ -309,9 +409,36 @@ def test_launch_arguments_leave_out_the_warm_up_and_limit_the_length(dialect: Ma
     assert args[-2:] == ["--dtype", "float32"]
 
 
+ADAPTERS = (Adapter("r.g0.v1", "/a/1"), Adapter("r.g0.v2", "/a/2"))
+
+
+def test_a_launch_with_lora_takes_all_modules_and_one_slot_more_than_adapters() -> None:
+    settings = EngineSettings(max_lora_rank=16, adapter_slots=3, extra_args=("--dtype", "float32"))
+    args = Main().launch_args(settings, model_path="/m", port=5, seed=9)
+    pairs = dict(itertools.pairwise(args))
+    assert "--enable-lora" in args
+    assert (pairs["--max-lora-rank"], pairs["--lora-target-modules"]) == ("16", "all")
+    assert pairs["--max-loras-per-batch"] == "4"
+    assert "--lora-paths" not in args
+    given = Main().launch_args(settings, model_path="/m", port=5, seed=9, adapters=ADAPTERS)
+    at = given.index("--lora-paths")
+    assert given[at + 1 :] == ["r.g0.v1=/a/1", "r.g0.v2=/a/2", "--dtype", "float32"]
+
+
+def test_a_launch_without_lora_says_nothing_of_it() -> None:
+    for dialect, settings in ((Main(), EngineSettings()), (Post1(), EngineSettings(max_lora_rank=16))):
+        args = dialect.launch_args(settings, model_path="/m", port=5, seed=9)
+        assert not [arg for arg in args if "lora" in arg]
+
+
 @pytest.mark.parametrize(
     ("args", "why"),
     [
+        (("--enable-lora",), "engine.max_lora_rank"),
+        (("--max-lora-rank", "8"), "engine.max_lora_rank"),
+        (("--lora-target-modules=all",), "engine.max_lora_rank"),
+        (("--max-loras-per-batch", "8"), "engine.adapter_slots"),
+        (("--lora-paths", "a=/a"), "published policies"),
         (("--dp-size", "2"), "v4-8"),
         (("--dp-size=4",), "v4-8"),
         (("--nnodes", "2"), "v4-8"),
@@ -341,3 +468,11 @@ def test_settings_allow_one_of_each_and_hide_the_key() -> None:
 )
 def test_an_error_is_read_in_each_of_the_servers_shapes(body: bytes, expected: str) -> None:
     assert error_message(body) == expected
+
+
+def test_a_chat_that_is_aborted_in_the_queue_of_main_is_known_by_its_error() -> None:
+    error = b'{"message": "Internal server error: \'output_token_logprobs\'"}'
+    assert Main().aborted_chat(500, error)
+    assert not Main().aborted_chat(500, b"Internal Server Error")
+    assert not Main().aborted_chat(200, error)
+    assert not Post1().aborted_chat(500, error)

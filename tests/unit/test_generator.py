@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import until
 
-from rollpool.schemas import EngineUnavailable
+from rollpool.schemas import EngineUnavailable, Policy, VersionSpan
 from rollpool.schemas.scripts import Record
 from rollpool.worker.engines.protocol import ChatRequest, Completion, RequestRefused, SampleRequest
 from rollpool.worker.generator import SICK_AFTER, TRIES_PER_SAMPLE, Generator
@@ -32,6 +32,7 @@ class Exits:
     refusals: list[tuple[HeldJob, str]] = field(default_factory=list)
     losses: list[tuple[HeldJob, str]] = field(default_factory=list)
     expiries: list[HeldJob] = field(default_factory=list)
+    misplacements: list[HeldJob] = field(default_factory=list)
     bugs: list[BaseException] = field(default_factory=list)
 
     def finished(self, held: HeldJob) -> None:
@@ -48,6 +49,10 @@ class Exits:
         assert held.left
         self.expiries.append(held)
 
+    def misplaced(self, held: HeldJob) -> None:
+        assert held.left
+        self.misplacements.append(held)
+
     def broken(self, bug: BaseException) -> None:
         self.bugs.append(bug)
 
@@ -58,6 +63,7 @@ class Exits:
             + ["refused"] * [job for job, _ in self.refusals].count(held)
             + ["lost"] * [job for job, _ in self.losses].count(held)
             + ["expired"] * self.expiries.count(held)
+            + ["misplaced"] * self.misplacements.count(held)
         )
 
 
@@ -72,7 +78,8 @@ def generator(
     """Deadlines are milliseconds from when the job is handed in."""
     return Generator(
         engine,
-        version=7,
+        policy=Policy(version=7, checkpoint="/policy/7", run="r"),
+        decode=lambda ids: "|".join(map(str, ids)),
         target=target,
         outlet=exits,
         on_change=on_change or (lambda: None),
@@ -769,3 +776,90 @@ async def one_life(chance: random.Random, target: int, acts: Iterable[str]) -> N
     assert engine.most_open <= target
     assert (made.in_flight, made.waiting, made.room, exits.bugs) == (0, 0, target, [])
     assert too_many == [], "a job had more company in the engine than its record allows"
+
+
+# Changes of policy under what runs
+
+
+async def test_what_is_interrupted_keeps_the_tokens_that_were_made(engine: FakeEngine, exits: Exits) -> None:
+    made = generator(engine, exits)
+    one, two = held_job(0, n=2), held_job(1, exact=True)
+    made.submit([one, two])
+    await until(lambda: len(engine.open) == 3)
+    engine.partial = lambda request: completion(job_of(request) + 1)
+    assert set(await made.interrupt()) == {one, two}
+    assert {index: len(piece.output_ids) for index, piece in one.pieces.items()} == {0: 1, 1: 1}
+    assert not two.pieces, "an exact job is not gone on with"
+    assert len(engine.aborted) == 2
+    await settled_down()
+    assert made.in_flight == 0
+    assert exits.of(one) == exits.of(two) == []
+
+
+async def test_an_interrupted_sample_that_ended_meanwhile_is_finished(engine: FakeEngine, exits: Exits) -> None:
+    made = generator(engine, exits)
+    held = held_job(0, n=1)
+    made.submit([held])
+    await until(lambda: len(engine.open) == 1)
+    answer_all(engine)
+    assert await made.interrupt() == []
+    assert exits.of(held) == ["finished"]
+
+
+async def test_an_engine_that_is_gone_has_no_tokens_to_hand_out(engine: FakeEngine, exits: Exits) -> None:
+    made = generator(engine, exits)
+    held = held_job(0)
+    made.submit([held])
+    await until(lambda: len(engine.open) == 1)
+    engine.dead = LOST
+    assert await made.interrupt() == [held]
+    assert not held.pieces
+
+
+async def test_nothing_begins_after_an_interruption_until_it_goes_on(engine: FakeEngine, exits: Exits) -> None:
+    made = generator(engine, exits)
+    assert await made.interrupt() == []
+    held = held_job(0)
+    made.submit([held])
+    await settled_down()
+    assert not engine.open
+    made.go_on()
+    await until(lambda: len(engine.open) == 1)
+
+
+async def test_a_piece_that_came_with_the_job_is_gone_on_with(engine: FakeEngine, exits: Exits) -> None:
+    begun = sample(2, version=3).model_copy(update={"finish_reason": "abort"})
+    held = held_job(0, done={0: begun})
+    generator(engine, exits).submit([held])
+    await until(lambda: len(engine.open) == 1)
+    [call] = engine.open.values()
+    assert isinstance(call.request, SampleRequest)
+    assert call.request.input_ids.tolist() == [0, 2, 0, 1]
+    call.answer.set_result(completion(3, first=5))
+    await until(lambda: exits.of(held) == ["finished"])
+    assert held.samples[0].output_ids.tolist() == [0, 1, 5, 6, 7]
+    assert held.samples[0].version_spans == ((3, 0, 2), (7, 2, 5))
+    assert held.samples[0].text == "0|1|5|6|7"
+
+
+async def test_tokens_of_a_policy_that_the_tag_forbids_are_not_kept(engine: FakeEngine, exits: Exits) -> None:
+    held = held_job(0, policy_version=7, exact=True)
+    generator(engine, exits).submit([held])
+    await until(lambda: len(engine.open) == 1)
+    [call] = engine.open.values()
+    call.answer.set_result(replace(completion(2), version_spans=(VersionSpan(7, 0, 1), VersionSpan(8, 1, 2))))
+    await until(lambda: exits.of(held) == ["misplaced"])
+    assert not held.samples
+
+
+async def test_a_job_on_an_adapter_names_it_and_its_tokens_are_the_adapters(engine: FakeEngine, exits: Exits) -> None:
+    held = held_job(0, policy_version=9)
+    held.adapter, held.version = "r.g2.v9", 9
+    generator(engine, exits).submit([held])
+    await until(lambda: len(engine.open) == 1)
+    [call] = engine.open.values()
+    assert isinstance(call.request, SampleRequest)
+    assert call.request.lora_path == "r.g2.v9"
+    call.answer.set_result(completion(2))
+    await until(lambda: exits.of(held) == ["finished"])
+    assert held.samples[0].version_spans == ((9, 0, 2),)

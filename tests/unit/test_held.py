@@ -88,3 +88,17 @@ def test_a_group_is_one_that_a_trainer_can_read() -> None:
     read = unpack_group(pack_model(group))
     assert [each.output_ids.tolist() for each in read.samples] == [[0, 1], []]
     assert read.prompt_ids.tolist() == [0, 2]
+
+
+def test_what_was_begun_elsewhere_is_apart_from_what_is_finished() -> None:
+    begun = sample(2).model_copy(update={"finish_reason": "abort"})
+    held = held_job(n=3, done={0: sample(), 1: begun})
+    assert (sorted(held.samples), sorted(held.pieces)) == ([0], [1])
+
+
+@pytest.mark.parametrize(("generation", "kept"), [(None, [0]), (3, [0]), (4, [])])
+def test_what_an_abandoned_policy_made_does_not_count(generation: int | None, kept: list[int]) -> None:
+    made = job(n=2)
+    held = HeldJob.of(entry_of(made, done=pack_samples({0: sample()}, 3)), made, 0.0, generation=generation)
+    assert sorted(held.samples) == kept
+    assert held.generation == (3 if generation is None else generation)

@@ -15,8 +15,9 @@ def every_key(keys: Keys, run: str, batch: str, worker: str) -> list[str]:
     return [
         *keys.lanes(run),
         *(keys.ready(run, lane) for lane in LANES),
-        *(keys.retries, keys.waiting, keys.parked, keys.exact, keys.delayed, keys.deadlines),
+        *(keys.retries, keys.waiting, keys.parked(run), keys.exact(run), keys.delayed, keys.deadlines),
         *(keys.runs, keys.dead, keys.control, keys.acks, keys.policies, keys.policy),
+        *(keys.run_policy(run), keys.generations, keys.publisher),
         *(keys.batch(run, batch), keys.parts(run, batch), keys.results(run, batch)),
         *(keys.open_batches(run), keys.run(run), keys.fair),
         *(keys.rollout, keys.sweep, keys.ended, keys.worker(worker)),

@@ -58,6 +58,37 @@ def test_idle_devices_are_only_warned_of(caplog: pytest.LogCaptureFixture) -> No
         assert not caplog.text
 
 
+def test_adapters_for_an_engine_without_lora_are_only_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        checks.check_lora(report(lora=True), EngineSettings(max_lora_rank=16))
+        checks.check_lora(report(lora=False), EngineSettings())
+        assert not caplog.text
+        checks.check_lora(report(lora=False), EngineSettings(max_lora_rank=16))
+        assert "engine.max_lora_rank=16 has no effect" in caplog.text
+
+
+def test_every_program_is_kept_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "5")
+    env = checks.engine_environment(EngineSettings(jit_cache_dir=Path("/jit")))
+    assert env["JAX_COMPILATION_CACHE_DIR"] == "/jit"
+    assert env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0"
+    assert env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] == "-1"
+    asked = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}
+    assert checks.engine_environment(EngineSettings(env=asked)).items() >= asked.items()
+
+
+@pytest.mark.parametrize(
+    ("rank", "platforms", "expected"), [(16, "tpu", None), (None, "tpu", "tpu"), (16, "cpu", "cpu"), (16, None, None)]
+)
+def test_with_lora_jax_may_open_the_cpu_too(
+    monkeypatch: pytest.MonkeyPatch, rank: int | None, platforms: str | None, expected: str | None
+) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if platforms is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert checks.engine_environment(EngineSettings(max_lora_rank=rank)).get("JAX_PLATFORMS") == expected
+
+
 def test_a_clash_of_msgpack_names_the_repair_for_that_interpreter() -> None:
     with pytest.raises(SettingsError, match="/e/python -m pip install --force-reinstall --no-deps msgpack"):
         checks.check_msgpack(report(msgpack_ok=False), Path("/e/python"))

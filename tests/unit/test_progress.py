@@ -56,3 +56,20 @@ def test_a_change_of_load_is_progress_and_a_repeated_one_is_none() -> None:
     assert watch.stalled() is None
     clock.now += 101
     assert watch.stalled() is not None
+
+
+def test_a_change_of_weights_has_a_limit_of_its_own() -> None:
+    clock = Clock()
+    watch = ProgressWatch(clock, 300, 1800)
+    watch.started()
+    clock.now += 200
+    with watch.changing():
+        clock.now += 1800
+        assert watch.stalled() is None
+        assert watch.still_for() == 0.0
+        clock.now += 1
+        assert "a change of its weights has not ended within 1801 s" in (watch.stalled() or "")
+    clock.now += 300
+    assert watch.stalled() is None
+    clock.now += 1
+    assert "no progress for 301 s" in (watch.stalled() or "")

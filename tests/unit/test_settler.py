@@ -246,10 +246,14 @@ async def test_a_loss_costs_what_its_record_says(bench: Bench) -> None:
 async def test_finished_samples_go_with_a_job_that_is_given_back(bench: Bench) -> None:
     held = held_job(n=4, done={3: sample(3, version=1)})
     held.samples[1] = sample(2, version=2)
+    held.pieces[0] = sample(1, version=2).model_copy(update={"finish_reason": "abort"})
+    held.generation = 4
     bench.settler.give_back(held)
     await bench.settler.flushed()
     read = unpack_samples(bench.server.returns["b/0"].done)
-    assert {index: each.version_spans for index, each in read.items()} == {1: ((2, 0, 2),), 3: ((1, 0, 3),)}
+    spans = {index: each.version_spans for index, each in read.samples}
+    assert spans == {0: ((2, 0, 1),), 1: ((2, 0, 2),), 3: ((1, 0, 3),)}
+    assert read.generation == 4
 
 
 async def test_samples_that_cannot_be_encoded_are_left_out_and_the_job_goes_back(bench: Bench) -> None:

@@ -125,12 +125,37 @@ def test_what_was_retracted_goes_first_and_keeps_its_tokens() -> None:
     assert when == pytest.approx(1.0 + 0.022 + 3 * STEP)
 
 
+def test_a_change_stands_for_a_while_and_goes_on_with_the_tokens_there_are() -> None:
+    made = batch(prompt_token_s=0.001)
+    put(made, 0.0, 5, 5, 5)
+    made.advance(0.02 + 2.5 * STEP)
+    assert made.retract(1.0, 0.5) == {0: 2, 1: 2, 2: 0}
+    assert (made.running, made.waiting) == ((0, 1), (2,)), "the first in the queue run at once"
+    assert made.advance(1.5) == []
+    assert made.kv_tokens == 2 * 12
+    assert made.abort(1.5, 1) == Ended(1, 2, aborted=True)
+    (when, first), *_ = finish(made)
+    assert first == Ended(0, 5)
+    assert when == pytest.approx(1.5 + 2 * 0.012 + 0.010 + 3 * STEP), "prompts are computed again, with what was made"
+
+
+def test_a_change_during_a_pause_does_not_end_it() -> None:
+    made = batch()
+    put(made, 0.0, 4)
+    made.advance(2 * STEP)
+    made.pause()
+    assert made.retract(1.0, 0.1) == {0: 2}
+    assert made.next_event() is None
+    made.resume(2.0)
+    assert [round((when - 2.0) / STEP) for when, _ in finish(made)] == [2]
+
+
 @st.composite
 def stories(draw: st.DrawFn) -> list[tuple[float, str, int]]:
-    """Times, and what comes then: a request of so many tokens, the abort of one, or a pause."""
+    """Times, and what comes then: a request of so many tokens, the abort of one, a pause, or a change of weights."""
     what = st.tuples(
         st.floats(0.0, 0.3),
-        st.sampled_from(["submit"] * 5 + ["abort", "pause", "retract", "resume"]),
+        st.sampled_from(["submit"] * 5 + ["abort", "pause", "retract", "resume", "change"]),
         st.integers(1, 12),
     )
     gaps = draw(st.lists(what, max_size=40))
@@ -157,6 +182,9 @@ def live(made: Batch, slots: int, story: list[tuple[float, str, int]], *, looks:
             ended += [each for each in [made.abort(now, number)] if each]
         elif name == "resume":
             made.resume(now)
+        elif name == "change":
+            has = made.retract(now, number / 100)
+            assert list(has) == [*made.running, *made.waiting]
         else:
             made.pause(retract=name == "retract")
         assert len(made.running) <= slots

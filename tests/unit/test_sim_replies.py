@@ -12,6 +12,7 @@ from pydantic import SecretStr
 
 from rollpool.ops.sim import logprobs_of, output_of, sim_engine
 from rollpool.ops.sim.arguments import VERSION, Arguments, parse_arguments
+from rollpool.ops.sim.pieces import Made, Pieces
 from rollpool.ops.sim.replies import (
     Asked,
     RefusedError,
@@ -29,6 +30,7 @@ from rollpool.worker.engines.dialects import check_fits, pick_dialect
 from rollpool.worker.engines.preflight import probe
 from rollpool.worker.engines.protocol import ChatRequest, EngineUnavailable, RequestRefused, SampleRequest
 from rollpool.worker.engines.settings import EngineSettings
+from rollpool.worker.engines.surface import Surface
 
 MAIN = pick_dialect(VERSION)
 PROMPT = [5, 6, 7]
@@ -41,6 +43,10 @@ def arguments(*extra: str, **settings: Any) -> Arguments:
 
 def request(**sampling: Any) -> SampleRequest:
     return SampleRequest(rid="r", input_ids=np.array(PROMPT, np.int32), sampling=SamplingParams(**sampling))
+
+
+def made(count: int, nonce: int = 11) -> Made:
+    return Pieces(7, "0", nonce).made(np.array(PROMPT), count)
 
 
 def asked(body: Any, context: int = 1000) -> Asked:
@@ -78,11 +84,37 @@ def test_a_flag_that_is_wrong_ends_the_engine(extra: tuple[str, ...], capsys: py
     assert extra[0] in capsys.readouterr().err
 
 
+def test_each_kind_of_lora_has_the_flags_of_its_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    def parse(kind: str, *flags: str) -> Arguments:
+        return parse_arguments(["--model-path", "/m", "--sim-lora", kind, *flags])
+
+    flags = ("--enable-lora", "--max-loras-per-batch", "3", "--max-lora-rank", "16", "--lora-target-modules", "all")
+    with pytest.raises(SystemExit):
+        parse("none", *flags)
+    assert "unrecognized arguments: --enable-lora" in capsys.readouterr().err
+    for kind in ("launch", "runtime"):
+        read = parse(kind, *flags)
+        assert (read.enable_lora, read.adapter_slots, read.lora_paths) == (True, 2, {})
+        assert parse(kind).adapter_slots == 0, "nobody asked for them"
+    read = parse("launch", "--lora-paths", "a=/a", "/b", "--log-level-http", "info")
+    assert (read.enable_lora, read.adapter_slots, read.lora_paths) == (True, 7, {"a": "/a", "/b": "/b"})
+
+
+def test_the_kind_of_engine_is_handed_on() -> None:
+    settings = EngineSettings(**sim_engine(hot_swap=True, lora="runtime", swap_s=3, stall_s=0))
+    read = parse_arguments(MAIN.launch_args(settings, model_path="/m", port=1, seed=1))
+    assert (read.sim_hot_swap, read.sim_lora, read.sim_swap_s, read.sim_stall_s) == (True, "runtime", 3, 0)
+    assert read.adapter_slots == settings.adapter_slots
+    assert asyncio.run(probe(settings)).lora
+    assert (arguments().sim_hot_swap, arguments().sim_lora, arguments().adapter_slots) == (False, "none", 0)
+
+
 def test_the_probe_tells_of_a_main_line_on_one_device() -> None:
     report = asyncio.run(probe(EngineSettings(**sim_engine())))
     assert pick_dialect(report.sglang_jax).line == "main"
     assert report.sglang_jax == VERSION
     assert report.devices == 1
+    assert not report.lora
 
 
 def test_what_a_worker_asks_is_understood() -> None:
@@ -102,7 +134,7 @@ def test_what_a_worker_asks_is_understood() -> None:
         ({"input_ids": [1.5]}, "no list of integers"),
         ({"input_ids": [[1], [2, 3]]}, "one prompt a request"),
         ({"input_ids": [1], "stream": True}, "stream"),
-        ({"input_ids": [1], "lora_path": "x"}, "x"),
+        ({"input_ids": [1], "lora_path": ["x"]}, "one lora_path"),
         ({"input_ids": [1], "sampling_params": 3}, "sampling_params"),
         ({"input_ids": [1], "sampling_params": {"max_new_tokens": "many"}}, "max_new_tokens"),
         ({"input_ids": [1] * 1000}, "longer than the model's context length"),
@@ -116,7 +148,7 @@ def test_what_cannot_be_done_is_refused(body: Any, said: str) -> None:
 
 def test_what_fits_by_the_facts_is_not_refused() -> None:
     info = info_of(arguments(max_seq_len=256), context=256)
-    facts = MAIN.parse_facts(info, identity="")
+    facts = MAIN.parse_facts(info, Surface(), identity="")
     longest = request(max_new_tokens=facts.context_length - len(PROMPT))
     check_fits(facts, longest)
     assert asked(MAIN.generate_body(longest), 256).max_new_tokens == facts.context_length - len(PROMPT)
@@ -127,9 +159,8 @@ def test_what_fits_by_the_facts_is_not_refused() -> None:
 def test_a_worker_reads_a_reply_whole(count: int) -> None:
     sent = request(max_new_tokens=count)
     output = output_of(7, PROMPT, 11, count)
-    reply = json.loads(
-        generated(asked(MAIN.generate_body(sent)), 7, output, finish_reason(output.tolist(), "length"), 0.5)
-    )
+    reason = finish_reason(output.tolist(), "length")
+    reply = json.loads(generated(asked(MAIN.generate_body(sent)), made(count), reason, 0.5))
     done = MAIN.parse_generate(reply, sent)
     assert done.output_ids.tolist() == output.tolist() == reply["output_ids"]
     assert done.logprobs is not None
@@ -141,14 +172,23 @@ def test_a_worker_reads_a_reply_whole(count: int) -> None:
 
 
 def test_without_logprobs_there_are_none() -> None:
-    reply = json.loads(generated(asked({"input_ids": PROMPT}), 7, output_of(7, PROMPT, 1, 3), {"type": "stop"}, 0.1))
+    reply = json.loads(generated(asked({"input_ids": PROMPT}), made(3), {"type": "stop"}, 0.1))
     assert "output_token_logprobs" not in reply["meta_info"]
 
 
-def test_an_abort_is_only_for_those_who_asked_for_it() -> None:
-    empty = json.loads(
-        generated(asked(MAIN.generate_body(request())), 7, output_of(7, PROMPT, 1, 0), finish_reason([], "abort"), 0.1)
+def test_only_an_engine_that_can_swap_tells_of_versions() -> None:
+    without, told = (
+        json.loads(generated(asked({"input_ids": PROMPT}), made(3), {"type": "stop"}, 0.1, versions))
+        for versions in (None, [{"version": "4", "start": 0, "end": 3}])
     )
+    assert "weight_versions" not in without["meta_info"]
+    assert told["meta_info"]["weight_versions"] == [{"version": "4", "start": 0, "end": 3}]
+    assert "weight_versions" not in aborted_in_queue("r")["meta_info"]
+    assert aborted_in_queue("r", [])["meta_info"]["weight_versions"] == []
+
+
+def test_an_abort_is_only_for_those_who_asked_for_it() -> None:
+    empty = json.loads(generated(asked(MAIN.generate_body(request())), made(0), finish_reason([], "abort"), 0.1))
     for reply in (aborted_in_queue("r"), empty):
         assert MAIN.parse_generate(reply, request(), aborted=True).finish_reason == "abort"
         with pytest.raises(EngineUnavailable, match="nobody asked for"):
@@ -174,9 +214,9 @@ def info_of(read: Arguments, *, context: int = 1000, **state: Any) -> dict[str, 
 def test_a_worker_learns_what_the_engine_is_and_does() -> None:
     read = arguments("--max-total-tokens", "100", max_running_requests=5)
     info = json.loads(json.dumps(info_of(read)))
-    facts = MAIN.parse_facts(info, identity="")
+    facts = MAIN.parse_facts(info, Surface(), identity="")
     assert (facts.line, facts.max_running_requests, facts.model_path, facts.tp_size) == ("main", 5, "/m", 1)
-    assert not facts.lora
+    assert (facts.lora, facts.adapter_slots, facts.swaps) == ("none", 0, False)
     load = MAIN.parse_load(info)
     assert (load.running, load.waiting, load.free_kv_tokens, load.steps) == (1, 2, 76, 17)
     assert info["internal_states"][0]["waiting_queue_rids"] == ["b", "c"]
@@ -185,7 +225,7 @@ def test_a_worker_learns_what_the_engine_is_and_does() -> None:
 
 
 def test_a_request_that_would_be_refused_by_all_is_the_jobs_fault() -> None:
-    facts = MAIN.parse_facts(info_of(arguments()), identity="")
+    facts = MAIN.parse_facts(info_of(arguments()), Surface(), identity="")
     with pytest.raises(RequestRefused):
         check_fits(facts, request(max_new_tokens=1000))
 
@@ -211,6 +251,30 @@ def test_the_scheduler_tells_what_ended_and_answers_questions() -> None:
     assert said.told[0] == ["ended", 0, {"tokens": 2, "aborted": False, "queued": False}]
     assert said.told[1][:2] == ["reply", 8]
     assert said.told[1][2]["tokens"] == 2
+
+
+def test_a_change_says_what_each_request_has_before_anything_that_ends_after_it() -> None:
+    said = Said()
+    said.submit(0, tokens=3)
+    said.scheduler.advance(2.0)
+    said.scheduler.handle(["change", 8, {"stall_s": 0.0, "flush": True}], 2.0)
+    said.scheduler.handle(["state", 9], 2.0)
+    said.scheduler.advance(3.0)
+    assert said.told[0] == ["reply", 8, {"ran": 1, "made": [(0, 2)]}]
+    assert said.told[1][2]["steps"] == 0, "counted from the flush"
+    assert said.told[2] == ["ended", 0, {"tokens": 3, "aborted": False, "queued": False}]
+
+
+def test_the_cache_is_flushed_while_nobody_uses_it() -> None:
+    said = Said()
+    said.submit(0, tokens=3)
+    for now in (1.0, 3.0):
+        said.scheduler.advance(now)
+        said.scheduler.handle(["flush", 8], now)
+    said.scheduler.handle(["state", 9], 3.0)
+    assert said.told[0] == ["reply", 8, {"flushed": False}]
+    assert said.told[2] == ["reply", 8, {"flushed": True}]
+    assert said.told[3][2]["steps"] == 0
 
 
 def test_requests_with_and_without_logprobs_together_bring_it_down() -> None:

@@ -15,11 +15,11 @@ from rollpool.ops.sim import (
     KILL,
     REFUSE,
     VOCABULARY,
+    adapted,
     logprobs_of,
     made_by,
     make_sim_model,
     output_of,
-    signature_of,
 )
 from rollpool.ops.sim.tokens import draw_length, draw_nonce
 from rollpool.worker.engines.preflight import check_model
@@ -101,22 +101,11 @@ def test_lengths_stay_within_their_bounds_and_half_are_under_the_median() -> Non
     assert draw_length(random, 0.001, 0.0, least=0, most=200) == 1
 
 
-def test_a_model_keeps_its_signature(tmp_path: Path) -> None:
-    model = make_sim_model(tmp_path / "models" / "a", signature=7)
-    assert model == make_sim_model(model, signature=7)
-    assert signature_of(model) == signature_of(str(model)) == 7
-    with pytest.raises(FileExistsError, match="signature 7, not 8"):
-        make_sim_model(model, signature=8)
-    with pytest.raises(ValueError, match="signature -1"):
-        make_sim_model(tmp_path / "b", signature=-1)
-    with pytest.raises(ValueError, match="cannot read"):
-        signature_of(tmp_path / "b")
-
-
-def test_a_model_without_signature_is_none_of_ours(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no model of a simulated engine"):
-        signature_of(tmp_path)
+@given(SIGNATURES, SIGNATURES)
+def test_an_adapter_makes_another_policy_of_its_base(base: int, adapter: int) -> None:
+    mixed = adapted(base, adapter)
+    assert 0 <= mixed < 2**63
+    assert mixed not in {base, adapter, adapted(adapter, base) if base != adapter else -1}
 
 
 def test_a_worker_takes_the_model_with_ids_alone(tmp_path: Path) -> None:

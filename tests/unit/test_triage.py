@@ -8,16 +8,18 @@ from fakes import entry_of, job
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollpool.schemas import PromptJob
+from rollpool.schemas import Policy, PromptJob
 from rollpool.schemas.scripts import Entry
 from rollpool.schemas.wire import pack, pack_model
+from rollpool.worker.policy.offer import Offer
 from rollpool.worker.triage import Avoid, Budgets, Bury, Expire, Fail, Park, Passed, Run, Verdict, triage
 
 BUDGETS = Budgets(attempts=3, faults=2)
 
 
 def judged(entry: Entry, *, version: int = 0, now_ms: int = 0) -> Verdict:
-    return triage(entry, worker="me", version=version, now_ms=now_ms, budgets=BUDGETS)
+    offer = Offer(Policy(version=version, checkpoint="/c", run="r"))
+    return triage(entry, worker="me", offer=offer, now_ms=now_ms, budgets=BUDGETS)
 
 
 tags = st.fixed_dictionaries(
@@ -156,3 +158,34 @@ def test_an_exact_job_waits_for_its_version_and_has_passed_after_it() -> None:
     assert verdict.version == 5
     assert isinstance(judged(entry, version=5), Run)
     assert isinstance(judged(entry, version=6), Passed)
+
+
+def adapter(version: int, run: str = "r") -> Policy:
+    return Policy(version=version, lora_path=f"/lora/{version}", run=run)
+
+
+@given(tags, st.sets(st.integers(1, 20)), st.integers(0, 20))
+def test_a_run_gets_its_own_adapters_and_no_others(tag: dict[str, Any], versions: set[int], others: int) -> None:
+    offer = Offer(Policy(version=0, checkpoint="/c", run="x")).with_adapter(adapter(others, run="other"))
+    for version in versions:
+        offer = offer.with_adapter(adapter(version))
+    made = job(**tag)
+    served = sorted({0, *versions})
+    verdict = triage(entry_of(made), worker="me", offer=offer, now_ms=0, budgets=BUDGETS)
+    if isinstance(verdict, Run):
+        assert made.may_run_on(verdict.policy.version)
+        assert verdict.policy.version == (made.policy_version if made.exact else served[-1])
+        assert (offer.adapter_of(verdict.policy) is None) == (verdict.policy.version == 0)
+    elif made.exact:
+        assert made.policy_version not in served
+    else:
+        assert not made.may_run_on(served[-1])
+
+
+def test_an_adapter_that_is_merged_in_is_for_its_run_alone() -> None:
+    offer = Offer(adapter(3))
+    assert offer.adapter_of(adapter(3)) is None
+    assert (offer.newest("r"), offer.newest("other"), offer.checkpoint) == (3, None, None)
+    assert offer.shown() == "r:3"
+    verdict = triage(entry_of(job(run="other")), worker="me", offer=offer, now_ms=0, budgets=BUDGETS)
+    assert isinstance(verdict, Park)

@@ -5,25 +5,31 @@ costs neither the HTTP client nor psutil.
 """
 
 from rollpool.worker.engines.protocol import (
+    Adapter,
     ChatRequest,
     Completion,
     Engine,
     EngineFacts,
     EngineLoad,
     EngineUnavailable,
+    LoraSupport,
     RequestRefused,
     SampleRequest,
+    WeightsRefused,
     new_rid,
 )
 
 __all__ = [
+    "Adapter",
     "ChatRequest",
     "Completion",
     "Engine",
     "EngineFacts",
     "EngineLoad",
     "EngineUnavailable",
+    "LoraSupport",
     "RequestRefused",
     "SampleRequest",
+    "WeightsRefused",
     "new_rid",
 ]

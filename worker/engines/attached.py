@@ -2,20 +2,23 @@
 
 Invariant: a completion is returned only if the engine's identity, asked after the call, is still the one
 learned when it was attached; an identity never comes back, so the engine was the same before and during the
-call too.
+call too. Which weights it has is its owner's to say: by the identity, never by the versions that it calls them.
 """
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import replace
 
 from rollpool.schemas import EngineUnavailable
 from rollpool.worker.engines.protocol import (
+    Adapter,
     ChatRequest,
     Completion,
     Engine,
     EngineFacts,
     EngineLoad,
     SampleRequest,
+    WeightsRefused,
 )
 
 
@@ -29,6 +32,7 @@ class GuardedEngine:
 
     def __init__(self, engine: Engine, *, patience_s: float) -> None:
         self._engine = engine
+        self._facts = replace(engine.facts, swaps=False)
         self._patience_s = patience_s
         self._asking: asyncio.Task[str] | None = None
         self._next: asyncio.Task[str] | None = None
@@ -38,15 +42,15 @@ class GuardedEngine:
 
     @property
     def facts(self) -> EngineFacts:
-        """As learned when it was attached."""
-        return self._engine.facts
+        """As learned when it was attached; its weights are not this worker's to change."""
+        return self._facts
 
     async def generate(self, request: SampleRequest) -> Completion:
         """Generate one sample, by the engine that was attached or not at all."""
         self._refuse_another()
         completion = await self._engine.generate(request)
         await self.confirm()
-        return completion
+        return _of_one_version(completion, request.rid)
 
     async def chat(self, request: ChatRequest) -> Completion:
         """Answer one chat, by the engine that was attached or not at all."""
@@ -63,6 +67,32 @@ class GuardedEngine:
         """As the engine does, while it is the one that was attached."""
         self._refuse_another()
         return await self._engine.load()
+
+    async def swap(self, checkpoint: str, version: int) -> None:
+        """Refused: somebody else says what it serves."""
+        del version
+        raise WeightsRefused(
+            f"the engine is attached, so its weights are not this worker's to change; have whoever launched it serve "
+            f"{checkpoint}"
+        )
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """As the engine does, while it is the one that was attached: adapters lie beside its weights."""
+        self._refuse_another()
+        await self._engine.load_adapter(adapter)
+        await self.confirm()
+
+    async def unload_adapter(self, name: str) -> None:
+        """As the engine does, while it is the one that was attached."""
+        self._refuse_another()
+        await self._engine.unload_adapter(name)
+        await self.confirm()
+
+    async def flush_cache(self) -> None:
+        """As the engine does, while it is the one that was attached."""
+        self._refuse_another()
+        await self._engine.flush_cache()
+        await self.confirm()
 
     async def identify(self) -> str:
         """As the engine does."""
@@ -113,3 +143,13 @@ class GuardedEngine:
             except EngineUnavailable:
                 # Raises as well where the engine is gone; one that is only silent is asked again.
                 await self._engine.load()
+
+
+def _of_one_version(completion: Completion, rid: str) -> Completion:
+    """Without the engine's own names for its weights, which are not the pool's versions; of several nothing is used."""
+    if len({span.version for span in completion.version_spans}) > 1:
+        raise EngineUnavailable(
+            f"the weights of the engine were changed while it generated {rid}; run the request again, since nobody "
+            "can say which weights made what"
+        )
+    return replace(completion, version_spans=())

@@ -1,13 +1,14 @@
 """The two lines of sglang-jax, and everything in which they differ; pure, no I/O.
 
 Invariants: every request to a server of the main line asks for log-probs, of the same span, chats included,
-because a server that runs requests with and without them together dies; and a parsed completion is whole,
-or a fault of the infrastructure is raised.
+because a server that runs requests with and without them together dies; and a parsed completion is whole, with
+each token under one version where the engine tells versions, or a fault of the infrastructure is raised.
 """
 
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rollpool.schemas.jobs import SamplingParams
+from rollpool.schemas.results import VersionSpan
 from rollpool.worker.engines.protocol import (
+    Adapter,
     ChatRequest,
     Completion,
     EngineFacts,
@@ -23,10 +26,12 @@ from rollpool.worker.engines.protocol import (
     EngineUnavailable,
     FinishReason,
     Line,
+    LoraSupport,
     RequestRefused,
     SampleRequest,
 )
 from rollpool.worker.engines.settings import EngineSettings
+from rollpool.worker.engines.surface import Surface
 
 Json = dict[str, Any]
 
@@ -59,6 +64,11 @@ class Dialect(ABC):
     #: Whether the line takes `min_p` and pays no heed to it, as main does: at 0.1, nearly half of the tokens it
     #: sampled lay below the threshold.
     ignores_min_p: bool
+    #: Whether the prefix cache can be flushed; 0.0.1.post1 has a route for it that answers 500 always.
+    flushes: bool
+    #: Whether the seed is a constant of the compiled sampler, so that another one compiles it anew for each batch size:
+    #: main's `ModelRunner.initialize_jit` closes over the key.
+    compiles_seed: bool
 
     def generate_body(self, request: SampleRequest) -> Json:
         """The body of `POST /generate`.
@@ -134,10 +144,11 @@ class Dialect(ABC):
         return Completion(
             output_ids=ids,
             logprobs=logprobs,
-            text=reply.get("text") or "",
+            text=(reply.get("text") or "") if count else "",
             finish_reason=reason,
             prompt_tokens=meta.get("prompt_tokens") or len(request.input_ids),
             completion_tokens=count,
+            version_spans=_spans(meta.get("weight_versions"), count, request.rid),
         )
 
     def parse_chat(self, reply: Any, request: ChatRequest, *, aborted: bool = False) -> Completion:
@@ -161,16 +172,23 @@ class Dialect(ABC):
             completion_tokens=completion_tokens,
         )
 
-    def parse_facts(self, info: Json, *, identity: str) -> EngineFacts:
-        """What the engine can do, from `/get_server_info`."""
+    def aborted_chat(self, status: int, payload: bytes) -> bool:
+        """True for what the main line answers to a chat that is aborted in its queue: it misses the log-probs."""
+        return self.chat_logprobs and status == 500 and b"output_token_logprobs" in payload
+
+    def parse_facts(self, info: Json, surface: Surface, *, identity: str) -> EngineFacts:
+        """What the engine can do, from `/get_server_info` and the routes it has."""
         try:
+            lora, slots = self._adapters(info, surface)
             return EngineFacts(
                 line=self.line,
                 version=str(info["version"]),
                 max_running_requests=self.max_running_requests(info),
                 context_length=int(info["max_req_input_len"]) + _TAIL_TOKENS,
                 max_prompt_tokens=int(info["max_req_input_len"]) - 1,
-                lora=self.supports_lora and bool(info.get("enable_lora")),
+                lora=lora,
+                adapter_slots=slots,
+                swaps=surface.swaps,
                 model_path=str(info["model_path"]),
                 tp_size=int(info["tp_size"]),
                 identity=identity,
@@ -181,16 +199,26 @@ class Dialect(ABC):
                 "rollpool knows main and 0.0.1.post1"
             ) from None
 
+    def _adapters(self, info: Json, surface: Surface) -> tuple[LoraSupport, int]:
+        """How an engine comes to adapters, and how many fit beside the weights without one, which take a slot too."""
+        launched = info.get("enable_lora") or info.get("lora_paths")
+        # A static one belongs to every request; none can be named.
+        if not self.supports_lora or not launched or info.get("enable_static_lora"):
+            return "none", 0
+        slots = int(info["max_loras_per_batch"]) - 1
+        return ("none", 0) if slots < 1 or surface.lora == "none" else (surface.lora, slots)
+
     def identity(self, info: Json) -> str:
         """What the server tells of which process and weights it is.
 
-        The seed is fresh for each engine that a worker launches. A server somebody else started reports the
-        same default seed every time: for those the HTTP engine adds what it can see from outside.
+        Neither need differ between two processes: the HTTP engine adds what it can see from outside.
         """
         return f"{info.get('version')}|{info.get('model_path')}|{info.get('random_seed')}"
 
-    def launch_args(self, settings: EngineSettings, *, model_path: str, port: int, seed: int) -> list[str]:
-        """Arguments of the stock server, common to both lines.
+    def launch_args(
+        self, settings: EngineSettings, *, model_path: str, port: int, seed: int, adapters: Sequence[Adapter] = ()
+    ) -> list[str]:
+        """Arguments of the stock server, common to both lines but for adapters.
 
         `--max-seq-len` alone limits nothing in either line (it sizes the prefix cache); `--context-length`
         does. The stock warm-up asks for no log-probs, and meeting a real request would kill the server: it
@@ -210,7 +238,18 @@ class Dialect(ABC):
             args += ["--max-running-requests", str(settings.max_running_requests)]
         if settings.api_key is not None:
             args += ["--api-key", settings.api_key.get_secret_value()]
-        return [*args, *settings.extra_args]
+        return [*args, *self._lora_args(settings, adapters), *settings.extra_args]
+
+    def _lora_args(self, settings: EngineSettings, adapters: Sequence[Adapter]) -> list[str]:
+        """All modules, since which ones later adapters have is not known; a slot more than adapters, for none."""
+        if not self.supports_lora or not (settings.lora or adapters):
+            return []
+        args = ["--enable-lora", "--max-loras-per-batch", str(settings.adapter_slots + 1)]
+        if settings.max_lora_rank is not None:
+            args += ["--max-lora-rank", str(settings.max_lora_rank), "--lora-target-modules", "all"]
+        if adapters:
+            args += ["--lora-paths", *(f"{adapter.name}={adapter.path}" for adapter in adapters)]
+        return args
 
     @abstractmethod
     def max_running_requests(self, info: Json) -> int:
@@ -242,7 +281,9 @@ class Main(Dialect):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(line="main", supports_lora=True, chat_logprobs=True, ignores_min_p=True)
+        super().__init__(
+            line="main", supports_lora=True, chat_logprobs=True, ignores_min_p=True, flushes=True, compiles_seed=True
+        )
 
     def max_running_requests(self, info: Json) -> int:
         """The least of argument, pool and what the attention kernel allows, as `tp_worker.py` takes it.
@@ -297,7 +338,14 @@ class Post1(Dialect):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(line="0.0.1.post1", supports_lora=False, chat_logprobs=False, ignores_min_p=False)
+        super().__init__(
+            line="0.0.1.post1",
+            supports_lora=False,
+            chat_logprobs=False,
+            ignores_min_p=False,
+            flushes=False,
+            compiles_seed=False,
+        )
 
     def max_running_requests(self, info: Json) -> int:
         """The least of argument and pool; the pool is worked out as `model_runner.py` does.
@@ -358,10 +406,10 @@ def check_fits(facts: EngineFacts, request: SampleRequest) -> None:
             f"the prompt of {prompt} tokens and max_new_tokens={new} together are over the engine's "
             f"{facts.context_length}; shorten either, or launch engines with a larger max_seq_len"
         )
-    if request.lora_path is not None and not facts.lora:
+    if request.lora_path is not None and facts.lora == "none":
         raise RequestRefused(
             f"the engine was launched without LoRA and would silently ignore {request.lora_path!r}, so it "
-            "was not sent; launch engines of the main line with --enable-lora, or publish a checkpoint"
+            "was not sent; set engine.max_lora_rank for engines of the main line, or publish a checkpoint"
         )
 
 
@@ -441,6 +489,30 @@ def _columns(rows: list[Any], rid: str) -> tuple[NDArray[np.int32], NDArray[np.f
             f"the engine's log-prob of token {where} of {rid} is {rows[where][0]}, not a finite number"
         )
     return ids, logprobs
+
+
+def _spans(told: Any, count: int, rid: str) -> tuple[VersionSpan, ...]:
+    """Which version made which of `count` tokens; none told where the engine cannot change its weights."""
+    if told is None:
+        return ()
+    try:
+        spans = [VersionSpan(int(each["version"]), int(each["start"]), int(each["end"])) for each in told]
+    except (TypeError, ValueError, KeyError):
+        raise _unattributed(rid, told, count) from None
+    starts = [0, *(span.end for span in spans)]
+    # What was sampled after the last token that counts has its version too.
+    if starts.pop() < count or any(
+        span.start != start or span.end < start or span.version < 0 for span, start in zip(spans, starts, strict=True)
+    ):
+        raise _unattributed(rid, told, count)
+    return tuple(span._replace(end=min(span.end, count)) for span in spans if span.start < min(span.end, count))
+
+
+def _unattributed(rid: str, told: Any, count: int) -> EngineUnavailable:
+    return EngineUnavailable(
+        f"the engine's versions of {rid} do not cover its {count} tokens ({_short(told)}), so nobody can say which "
+        "weights made them; run the request again"
+    )
 
 
 def _short(value: Any) -> str:

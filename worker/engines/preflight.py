@@ -38,6 +38,10 @@ _PROBE_TIMEOUT_S = 180.0
 #: cache, and with it the speed of every restart, and the log that would say why.
 _MIN_FREE_BYTES = 1 << 30
 
+#: JAX keeps only programs that took a second to compile, and a server compiles many small ones; both lines lower the
+#: bounds themselves, but only for their scheduler, and main not over an inherited one.
+_CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+
 #: A model on the hub: `organisation/name`.
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
@@ -74,6 +78,7 @@ async def preflight(settings: EngineSettings) -> ProbeReport:
     report = await probe(settings)
     check_msgpack(report, settings.python)
     check_devices(report, settings)
+    check_lora(report, settings)
     return report
 
 
@@ -159,6 +164,15 @@ def check_devices(report: ProbeReport, settings: EngineSettings) -> None:
         )
 
 
+def check_lora(report: ProbeReport, settings: EngineSettings) -> None:
+    """Without LoRA an engine serves all the same: adapters are merged for it."""
+    if settings.lora and not report.lora:
+        log.warning(
+            "engine.max_lora_rank=%d has no effect: sglang-jax %s has no LoRA, so adapters are merged into checkpoints",
+            *(settings.max_lora_rank, report.sglang_jax),
+        )
+
+
 def check_model(model_path: str | None) -> None:
     """A directory with a config, or a name on the hub, which only the engine can look up."""
     if model_path is None:
@@ -219,4 +233,9 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
     if settings.python != Path(sys.executable):
         env.pop("PYTHONPATH", None)
         env.pop("PYTHONHOME", None)
-    return env | {"JAX_COMPILATION_CACHE_DIR": str(settings.jit_cache_dir)} | settings.env
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(settings.jit_cache_dir), **_CACHE_ALL, **settings.env}
+    # With LoRA the engine opens the CPU too, to read adapters, which `tpu` alone would not let it; and `tpu,cpu` is
+    # refused, since it compares the variable with `--device`. Unset, JAX opens both.
+    if settings.lora and env.get("JAX_PLATFORMS") == "tpu":
+        del env["JAX_PLATFORMS"]
+    return env

@@ -14,7 +14,8 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -26,11 +27,14 @@ from rollpool.worker.engines.http_engine import HttpEngine
 from rollpool.worker.engines.listener import listener_of
 from rollpool.worker.engines.preflight import engine_environment, probe
 from rollpool.worker.engines.progress import ProgressWatch
-from rollpool.worker.engines.protocol import EngineUnavailable
+from rollpool.worker.engines.protocol import Adapter, EngineUnavailable
 from rollpool.worker.engines.settings import EngineSettings
 
 #: Names the descriptor of the pipe whose end ends the engine; read by the launch scripts.
 LIFELINE_ENV = "ROLLPOOL_LIFELINE_FD"
+
+#: Names the version of the weights it is launched on; read by engines that can change them.
+WEIGHT_VERSION_ENV = "ROLLPOOL_WEIGHT_VERSION"
 
 #: Seconds between two looks at the engine's processes; a death is told within about this.
 _WATCH_S = 0.5
@@ -61,7 +65,7 @@ class EngineProcess:
         self._dialect = dialect
         self._log_path = log_path
         self._clock = clock
-        self._progress = ProgressWatch(clock, settings.stall_timeout_s)
+        self._progress = ProgressWatch(clock, settings.stall_timeout_s, settings.start_timeout_s)
         self._process: asyncio.subprocess.Process | None = None
         self._lifeline: int | None = None
         self._children: list[psutil.Process] = []
@@ -79,20 +83,24 @@ class EngineProcess:
         """Where the engine writes; the launch before this one is beside it, ending in `.1`."""
         return self._log_path
 
-    async def start(self, model_path: str) -> HttpEngine:
+    async def start(self, model_path: str, *, version: int = 0, adapters: Sequence[Adapter] = ()) -> HttpEngine:
         """Launch the engine on `model_path`, or attach to it, and wait until it has generated.
+
+        Args:
+            model_path: what it serves.
+            version: of those weights, by which it names them.
+            adapters: given to it at its launch, for an engine that takes them only then.
 
         Raises:
             EngineUnavailable: it died, or did not generate in time; the message holds its last words.
-            Nothing of it
-                is left running.
+                Nothing of it is left running.
         """
         if self._settings.url is not None:
             self._engine = await self._attach(self._settings.url, self._settings.start_timeout_s)
             return self._engine
         port = self._settings.port or free_port(self._settings.host)
         try:
-            process = await self._launch(model_path, port)
+            process = await self._launch(model_path, port, version, adapters)
             self._engine = await self._until_ready(process, port)
             self._children = _workers_of(process.pid)
         except BaseException:
@@ -131,15 +139,16 @@ class EngineProcess:
         SIGKILL at once where SIGTERM may be without effect: the server waits for ever when a process of it is dead,
         and when requests were given up that still waited in its queue, which from here cannot be told from others.
         """
-        hopeless = self._dead() is not None or self._progress.in_flight > 0 or self._progress.given_up > 0
+        settings, progress = self._settings, self._progress
+        hopeless = self._dead() is not None or progress.in_flight > 0 or progress.given_up > 0
         self._stopping = True
         if self._engine is not None:
             await self._engine.close()
-        if self._process is not None and not hopeless:
+        if self._process is not None and not hopeless and settings.stop_timeout_s > 0:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), self._settings.stop_timeout_s)
+                await asyncio.wait_for(self._process.wait(), settings.stop_timeout_s)
         await self.kill()
 
     async def kill(self) -> None:
@@ -158,14 +167,18 @@ class EngineProcess:
             os.close(self._lifeline)
             self._lifeline = None
 
-    async def _launch(self, model_path: str, port: int) -> asyncio.subprocess.Process:
+    async def _launch(
+        self, model_path: str, port: int, version: int, adapters: Sequence[Adapter]
+    ) -> asyncio.subprocess.Process:
         """Start the server as leader of a group of its own, bound to this process by the lifeline."""
         settings = self._settings
         dialect = self._dialect
         if dialect is None:
             dialect = pick_dialect((await probe(settings)).sglang_jax)
-        args = dialect.launch_args(settings, model_path=model_path, port=port, seed=secrets.randbelow(2**31))
+        seed = _seed_of_host(settings) if dialect.compiles_seed else secrets.randbelow(2**31)
+        args = dialect.launch_args(settings, model_path=model_path, port=port, seed=seed, adapters=adapters)
         launcher = settings.launcher or default_launcher()
+        env = engine_environment(settings) | {WEIGHT_VERSION_ENV: str(version)}
         read_end, self._lifeline = os.pipe()
         try:
             with _fresh_log(self._log_path) as log:
@@ -173,7 +186,7 @@ class EngineProcess:
                     str(settings.python),
                     str(launcher),
                     *args,
-                    env=engine_environment(settings) | {LIFELINE_ENV: str(read_end)},
+                    env=env | {LIFELINE_ENV: str(read_end)},
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -267,6 +280,11 @@ class EngineProcess:
 def default_launcher() -> Path:
     """The launch script that comes with rollpool; run by path, in the engine's own interpreter."""
     return Path(str(resources.files("rollpool.worker") / "launch" / "serve.py"))
+
+
+def _seed_of_host(settings: EngineSettings) -> int:
+    """Another on each host, since hosts are to sample independently; the same at each launch of one host."""
+    return zlib.crc32(f"{socket.gethostname()}:{settings.host_lock}".encode()) & 0x7FFFFFFF
 
 
 def free_port(host: str) -> int:

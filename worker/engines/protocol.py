@@ -7,7 +7,7 @@ elsewhere) and `RequestRefused` (the job's own: it would be refused anywhere).
 """
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from rollpool.schemas.errors import EngineUnavailable, RollpoolError
 from rollpool.schemas.jobs import Message, SamplingParams
-from rollpool.schemas.results import FinishReason
+from rollpool.schemas.policies import Policy
+from rollpool.schemas.results import FinishReason, VersionSpan
 
 __all__ = [
+    "Adapter",
     "ChatRequest",
     "Completion",
     "Engine",
@@ -28,13 +30,34 @@ __all__ = [
     "EngineUnavailable",
     "FinishReason",
     "Line",
+    "LoraSupport",
+    "OnProgress",
     "RequestRefused",
     "SampleRequest",
+    "WeightsRefused",
     "new_rid",
 ]
 
 #: The two lines of sglang-jax that differ in what they accept and answer.
 Line = Literal["main", "0.0.1.post1"]
+
+#: How an engine comes to an adapter: never; only those named at its launch; or while it serves.
+LoraSupport = Literal["none", "launch", "runtime"]
+
+#: Told bytes that are there and bytes in all, while a source is fetched or verified.
+OnProgress = Callable[[int, int], None]
+
+
+class WeightsRefused(RollpoolError):  # noqa: N818 - the words of the design
+    """The engine did not take new weights or an adapter, and serves what it served before.
+
+    Attributes:
+        restart_may_help: True when the source is not known to be broken: an engine launched on it may serve it.
+    """
+
+    def __init__(self, message: str, *, restart_may_help: bool = False) -> None:
+        super().__init__(message)
+        self.restart_may_help = restart_may_help
 
 
 class RequestRefused(RollpoolError, ValueError):  # noqa: N818 - the words of the design
@@ -47,6 +70,16 @@ def new_rid() -> str:
     The engine aborts by prefix and mixes up the replies of a repeated id, so both properties matter.
     """
     return uuid.uuid4().hex
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter as an engine knows it."""
+
+    #: Immutable: no other weights ever have it.
+    name: str
+    #: Directory on this host.
+    path: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -84,6 +117,9 @@ class Completion:
     #: As the engine counted them.
     prompt_tokens: int
     completion_tokens: int
+    #: Which versions of the engine's own weights made which tokens, where the engine tells; empty: those that it was
+    #: opened with, or changed to last, made them all.
+    version_spans: tuple[VersionSpan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +135,12 @@ class EngineFacts:
     context_length: int
     #: A prompt alone, at most.
     max_prompt_tokens: int
-    #: True when a request may name an adapter.
-    lora: bool
+    #: Whether a request may name an adapter, and how the engine comes to one.
+    lora: LoraSupport
+    #: Adapters that fit at once; 0 where there are none.
+    adapter_slots: int
+    #: True when `swap` changes the weights while the engine serves.
+    swaps: bool
     model_path: str
     tp_size: int
     #: Changes with every engine process, and so with its weights; compare with what `identify` returns.
@@ -125,7 +165,7 @@ class Engine(Protocol):
 
     @property
     def facts(self) -> EngineFacts:
-        """What the engine is; does not change while this object lives."""
+        """What the engine is; while this object lives only `swap` changes it: the model's path and the identity."""
         ...
 
     async def generate(self, request: SampleRequest) -> Completion:
@@ -142,11 +182,34 @@ class Engine(Protocol):
         ...
 
     async def abort(self, rids: Iterable[str]) -> None:
-        """End these requests; their calls return what they have, with finish reason `abort`."""
+        """End these requests; returns once their calls have ended, with what they have and finish reason `abort`."""
         ...
 
     async def load(self) -> EngineLoad | None:
         """What the engine runs now; None when it cannot say."""
+        ...
+
+    async def swap(self, checkpoint: str, version: int) -> None:
+        """Serve the weights of a local checkpoint from now on; requests in flight go on under them.
+
+        The prefix cache is flushed, and completions say in their spans where the change was.
+
+        Raises:
+            WeightsRefused: it does not take them, and serves what it served before.
+            EngineUnavailable: nothing is known of the engine any more.
+        """
+        ...
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """Have an adapter ready for requests that name it. Raises as `swap`; harmless to repeat."""
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Free the slot of an adapter that no request names any more. Raises as `swap`."""
+        ...
+
+    async def flush_cache(self) -> None:
+        """Forget all cached prefixes. Raises WeightsRefused while requests keep it from doing so."""
         ...
 
     async def identify(self) -> str:
@@ -171,12 +234,41 @@ class EngineOwner(Protocol):
         """Where the engine answers; empty while there is none."""
         ...
 
-    async def check(self, checkpoint: str) -> None:
-        """Raise EngineUnavailable where it can be told beforehand that no engine starts on `checkpoint`."""
+    async def stage(self, policy: Policy, on_progress: OnProgress) -> str:
+        """Have a policy's own files on this host, whole and verified, while the engine goes on serving.
+
+        Returns:
+            The local directory, or what `open` is to be given for it.
+
+        Raises:
+            PolicyRejected: the source is outside the allowed roots, is not whole, or does not fit.
+            EngineUnavailable: it cannot be reached now; another try may help.
+        """
         ...
 
-    async def open(self, checkpoint: str) -> Engine:
-        """Have an engine that really generates. Raises EngineUnavailable."""
+    async def merge(self, base: str, policy: Policy, adapter: str) -> str:
+        """Merge a staged adapter into a staged base, as a checkpoint for engines without LoRA; its directory.
+
+        Raises:
+            PolicyRejected: the adapter does not fit the base, or cannot be merged exactly.
+        """
+        ...
+
+    def keep(self, paths: Iterable[str]) -> None:
+        """The staged directories that are in use; others may make room for what is staged next."""
+        ...
+
+    async def open(self, checkpoint: str, *, version: int, adapters: Sequence[Adapter] = ()) -> Engine:
+        """Have an engine that really generates, with these adapters where it takes them at launch only.
+
+        Raises:
+            EngineUnavailable: it does not start.
+        """
+        ...
+
+    @property
+    def opened(self) -> str:
+        """How the engine was opened, for people: seconds, and what its JIT cache missed."""
         ...
 
     async def watch(self) -> str:

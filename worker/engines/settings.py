@@ -24,7 +24,12 @@ _OWNED_FLAGS = {
     "--page-size": "engine.page_size",
     "--max-running-requests": "engine.max_running_requests",
     "--api-key": "engine.api_key",
-    "--random-seed": "a fresh seed for each launch, by which the engine is told from its predecessor",
+    "--enable-lora": "engine.max_lora_rank",
+    "--max-lora-rank": "engine.max_lora_rank",
+    "--lora-target-modules": "engine.max_lora_rank, which takes all modules",
+    "--max-loras-per-batch": "engine.adapter_slots",
+    "--lora-paths": "the published policies",
+    "--random-seed": "the worker, which picks one that compiles nothing anew",
 }
 
 _NO_DP = "sglang-jax does not implement data parallelism: use one v4-8 TPU VM for each engine"
@@ -66,6 +71,11 @@ class EngineSettings(BaseModel):
     page_size: int | None = Field(default=None, ge=1)
     #: Requests the engine runs at once, at most; None: the engine's own limit.
     max_running_requests: int | None = Field(default=None, ge=1)
+    #: Largest rank of an adapter that can be served beside the weights, on the main line alone; None: adapters are
+    #: merged into a checkpoint. Every slot takes the memory of this rank, used or not.
+    max_lora_rank: int | None = Field(default=None, ge=1)
+    #: Adapters held at once, beside the weights without one.
+    adapter_slots: int = Field(default=4, ge=1)
     #: Kept over restarts, so that a restart on new weights compiles nothing.
     jit_cache_dir: Path = Path("/tmp/jit_cache")
     #: Further arguments of the server, as on its command line.
@@ -76,13 +86,19 @@ class EngineSettings(BaseModel):
     api_key: SecretStr | None = None
     #: Compiling for a TPU with a cold cache can take half an hour.
     start_timeout_s: float = Field(default=1800.0, gt=0)
-    #: A drain takes up to 13 s; a server whose scheduler died never ends by itself.
-    stop_timeout_s: float = Field(default=20.0, ge=0)
+    #: What SIGTERM is given before SIGKILL; 0: it is not sent. sglang-jax notices it within 5 s, drains, and then ends
+    #: its scheduler by SIGKILL itself: for an engine that has nothing in flight that is a delay and no gain.
+    stop_timeout_s: float = Field(default=0.0, ge=0)
     #: Without any progress for so long, while requests are in flight, the engine counts as dead. Over the
     #: time that one new shape takes to compile.
     stall_timeout_s: float = Field(default=300.0, gt=0)
     #: Taken while an engine lives: one worker a host, since a TPU serves one process.
     host_lock: Path = Path("/tmp/rollpool-host.lock")
+
+    @property
+    def lora(self) -> bool:
+        """Whether engines are launched so that requests can name adapters."""
+        return self.max_lora_rank is not None
 
     @field_validator("extra_args", mode="after")
     @classmethod

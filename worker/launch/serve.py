@@ -1,6 +1,7 @@
-"""Start the stock sglang-jax server, and see that it never outlives the worker that started it.
+"""Start the sglang-jax server, and see that it never outlives the worker that started it.
 
-Run by path with the engine's own Python; the arguments are those of `python -m sgl_jax.launch_server`.
+Run by path with the engine's own Python; the arguments are those of `python -m sgl_jax.launch_server`. The main line is
+given routes by which its weights change while it serves, where it is as they expect it; else it is served as it is.
 
 Invariant: once the write end of the lifeline pipe is closed, by whatever ended its holder, no process of
 the engine's process group is left.
@@ -11,6 +12,18 @@ import runpy
 import signal
 import sys
 import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# The folder of a script run by path is on `sys.path` by default only.
+_HERE = str(Path(__file__).resolve().parent)
+if _HERE not in sys.path:
+    sys.path.insert(0, _HERE)
+
+if TYPE_CHECKING:
+    from rollpool.worker.launch import hot_swap
+else:
+    import hot_swap
 
 LIFELINE_ENV = "ROLLPOOL_LIFELINE_FD"
 
@@ -60,6 +73,7 @@ def watch_lifeline() -> bool:
 def main() -> None:
     """Watch the lifeline, then become `python -m sgl_jax.launch_server` with this process's arguments."""
     watch_lifeline()
+    hot_swap.install()
     # run_module and not an import of its parts: the launch module's own code differs between releases, and
     # this is what `python -m` runs. `alter_sys` stays off: `sys.modules["__main__"]` must remain the script,
     # because the spawned scheduler imports that script again.

@@ -18,14 +18,14 @@ from typing import Any
 
 from redis import Redis
 
-from storm import journal, wire
+from storm import journal, policies, wire
 from storm.work import digest
 
 #: Pool, run, batch and index of a job.
 Job = tuple[str, str, str, int]
 
-#: Says whether the policy of a version of a pool made these tokens (or, with log-probs, can have made them).
-MadeBy = Callable[[str, int, list[int], dict[str, Any]], bool]
+#: Says whether the policies of a pool that a sample's spans name made it, for this prompt.
+MadeBy = Callable[[str, list[int], dict[str, Any]], bool]
 
 #: The ways in which a job can end.
 OUTCOMES = ("ok", "failed", "stale", "expired", "cancelled")
@@ -76,6 +76,8 @@ class Evidence:
     #: Runs whose trainer came to its end.
     finished: set[str] = field(default_factory=set)
     runs: set[str] = field(default_factory=set)
+    #: What was published.
+    known: policies.Known = field(default_factory=policies.Known)
 
 
 @dataclass
@@ -131,7 +133,7 @@ def judge(evidence: Evidence, made_by: MadeBy) -> Verdict:
     for job, results in evidence.results.items():
         if job in evidence.asked:
             for result in results:
-                _judge_result(verdict, job, evidence.asked[job], result, made_by)
+                _judge_result(verdict, evidence.known, job, evidence.asked[job], result, made_by)
         elif job[:3] not in evidence.unsure:
             verdict.altered.append(f"{_name(job)}: a result that nobody asked for")
     for run in sorted(evidence.runs - evidence.finished):
@@ -186,10 +188,12 @@ def _judge_poison(
         verdict.poison_not_dead.append(f"{name}: {asked.poison} ended {outcome}")
 
 
-def _judge_result(verdict: Verdict, job: Job, asked: Asked, result: Mapping[str, Any], made_by: MadeBy) -> None:
+def _judge_result(
+    verdict: Verdict, known: policies.Known, job: Job, asked: Asked, result: Mapping[str, Any], made_by: MadeBy
+) -> None:
     name = _name(job)
-    if result["outcome"] == "stale" and not asked.exact:
-        verdict.wrong_policy.append(f"{name}: stale, though its tag is not exact")
+    if result["outcome"] == "stale" and not asked.exact and (job[0], asked.tag) not in known.abandoned:
+        verdict.wrong_policy.append(f"{name}: stale, though its tag {asked.tag} is not exact, and was not abandoned")
     if result["outcome"] == "cancelled" and not asked.cut:
         verdict.altered.append(f"{name}: cancelled, and nobody asked for that")
     if result["outcome"] == "expired" and not asked.deadline:
@@ -201,13 +205,16 @@ def _judge_result(verdict: Verdict, job: Job, asked: Asked, result: Mapping[str,
     if asked.ids and digest([result["prompt"]]) != asked.prompt:
         verdict.altered.append(f"{name}: it is of another prompt")
     for sample in result["samples"]:
-        if problem := _problem(job[0], asked, result["prompt"], sample, made_by):
+        if problem := _problem(known, job, asked, result["prompt"], sample, made_by):
             verdict.wrong_policy.append(f"{name}: {problem}")
             return
 
 
-def _problem(pool: str, asked: Asked, prompt: list[int], sample: dict[str, Any], made_by: MadeBy) -> str:
+def _problem(
+    known: policies.Known, job: Job, asked: Asked, prompt: list[int], sample: dict[str, Any], made_by: MadeBy
+) -> str:
     """What is wrong with who made a sample; empty when nothing is."""
+    pool, run = job[:2]
     spans = sample["spans"]
     ends = [0, *(span[2] for span in spans)]
     if [span[1] for span in spans] != ends[:-1] or ends[-1] != len(sample["ids"]) or not sample["ids"]:
@@ -215,8 +222,10 @@ def _problem(pool: str, asked: Asked, prompt: list[int], sample: dict[str, Any],
     for version, _, _ in spans:
         if not asked.allows(version):
             return f"made by policy {version}, which its tag {asked.tag} forbids"
-    if len(spans) == 1 and not made_by(pool, spans[0][0], prompt, sample):
-        return f"policy {spans[0][0]} did not make its tokens"
+        if (owner := known.owners.get((pool, version), run)) != run:
+            return f"made by policy {version}, an adapter of {owner}"
+    if not made_by(pool, prompt, sample):
+        return f"its tokens are not those of {spans}"
     return ""
 
 
@@ -229,7 +238,7 @@ def _name(job: Job) -> str:
 
 def gather(directory: Path, client: Redis | None, pools: Iterable[str]) -> Evidence:
     """Read all journals of a storm, and the server's books where there is a server."""
-    evidence = Evidence()
+    evidence = Evidence(known=policies.read(directory))
     for path in sorted(directory.glob("trainer-*.jsonl")):
         _read_trainer(evidence, path, directory / f"state-{path.stem.removeprefix('trainer-')}.json")
     for fact in journal.read(directory / "tap.jsonl"):

@@ -18,7 +18,8 @@ from typing import Any
 from storm import checker
 from storm.checker import Job
 from storm.models import Judges
-from storm.stage import Pool, Stage, build, make_policies, sim_pool, start_hosts
+from storm.policies import Policies, make_policies
+from storm.stage import Pool, Stage, build, sim_pool, start_hosts
 
 NAME = "everysec"
 
@@ -70,8 +71,7 @@ class FileSizes(threading.Thread):
 def run(seed: int, seconds: float, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Run the leg; its part of the last line."""
     with build(directory, "everysec", None) as stage:
-        models, signatures = make_policies(directory, NAME, 1)
-        pool = sim_pool(stage, NAME, 2, models)
+        pool = sim_pool(stage, NAME, 2, Policies(directory, NAME, make_policies(directory, NAME, 1)))
         stage.add_tap()
         stage.publish(pool)
         start_hosts(pool)
@@ -97,7 +97,7 @@ def run(seed: int, seconds: float, directory: Path, say: Callable[[str], None]) 
         _until_settled(stage, pool, say)
         stage.stop_tap()
         evidence = checker.gather(directory, stage.direct, stage.pools)
-        verdict = checker.judge(evidence, Judges({NAME: signatures}, {}).made_by)
+        verdict = checker.judge(evidence, Judges(evidence.known.signatures, {}).made_by)
     return _summary(evidence, verdict, lost, bytes_lost, failures)
 
 

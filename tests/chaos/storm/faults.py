@@ -8,7 +8,7 @@ import random
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-#: How often each kind comes in a deck of 22. What a pool must survive every day comes most.
+#: How often each kind comes in a deck of 25. What a pool must survive every day comes most.
 DECK = {
     "worker_kill": 4,
     "engine_kill": 2,
@@ -20,14 +20,17 @@ DECK = {
     "refuse": 1,
     "stall": 1,
     "lose_replies": 2,
-    "policy": 1,
+    "policy": 2,
+    "adapter": 1,
+    "back": 1,
 }
 
 #: Seconds between two faults.
 EVERY_S = (2.8, 4.6)
 
 #: Seconds that a fault lasts, least and most: until what was killed is started again, or what was held up goes on. A
-#: stopped worker is held for longer than its lease (see `lasts`).
+#: stopped worker is held for longer than its lease (see `_seconds`). Of going back: how long there is something to go
+#: back from.
 LASTS_S = {
     "worker_kill": (0.3, 7.0),
     "trainer_kill": (0.2, 3.0),
@@ -35,6 +38,7 @@ LASTS_S = {
     "refuse": (0.5, 1.5),
     "stall": (0.5, 2.0),
     "lose_replies": (0.1, 0.6),
+    "back": (0.3, 4.0),
 }
 
 #: A stopped worker sleeps for so many leases.

@@ -21,6 +21,9 @@ from storm.recovery import Recovery
 from storm.stage import Pool, Stage
 from storm.wire import Pending
 
+#: What becomes of the work in flight over a change.
+MODES = ("drain", "requeue", "resume")
+
 #: Seconds between stopping a worker and reading what it holds: what it had sent arrives.
 SETTLE_DOWN_S = 0.03
 
@@ -186,8 +189,25 @@ class Injector:
 
     def _policy(self, fault: Fault) -> None:
         with self._taken([f"policies of {self._pool.name}"]) as free:
-            if free and self._pool.published < len(self._pool.checkpoints):
-                self._count(fault, f"version {self._stage.publish(self._pool)}")
+            if free and self._pool.policies.left:
+                mode = MODES[int(fault.victim * len(MODES))]
+                way = "restart" if fault.share < 0.5 else "auto"
+                version = self._stage.publish(self._pool, mode=mode, way=way)
+                self._count(fault, f"version {version}, {mode} ({way})")
+
+    def _adapter(self, fault: Fault) -> None:
+        with self._taken([f"policies of {self._pool.name}"]) as free:
+            if free and self._pool.policies.left:
+                run = self._trainers[int(fault.victim * len(self._trainers))]
+                self._count(fault, f"version {self._stage.publish_adapter(self._pool, run)} of {run}")
+
+    def _back(self, fault: Fault) -> None:
+        """In the middle of a roll-out, or after it."""
+        with self._taken([f"policies of {self._pool.name}"]) as free:
+            if free and self._pool.policies.left:
+                version = self._stage.publish(self._pool)
+                self._over.wait(fault.seconds)
+                self._count(fault, f"from {version} to {self._stage.go_back(self._pool)}")
 
     # Victims.
 

@@ -26,8 +26,9 @@ from storm.faults import Fault, faults
 from storm.injector import Injector
 from storm.models import Judges
 from storm.options import LONGER, Options, from_environment
+from storm.policies import Policies, make_policies
 from storm.recovery import Recovery
-from storm.stage import LEASE_S, ORDERS, Pool, Stage, build, make_policies, sim_pool, start_hosts
+from storm.stage import LEASE_S, ORDERS, Pool, Stage, build, sim_pool, start_hosts
 from storm.wire import Pending, direct
 
 POOL = "storm"
@@ -84,10 +85,10 @@ class Storm:
 
     def _on(self, stage: Stage) -> tuple[dict[str, Any], bool]:
         options = self._options
-        models, signatures = make_policies(self._directory, POOL, POLICIES)
-        pool = sim_pool(stage, POOL, options.workers, models)
+        policies = Policies(self._directory, POOL, make_policies(self._directory, POOL, POLICIES))
+        pool = sim_pool(stage, POOL, options.workers, policies)
         real_one, real_models = self._real(stage)
-        stage.add_tap([real.NAME] if real_one else [])
+        stage.add_tap()
         pools = [pool, *([real_one] if real_one else [])]
         for each in pools:
             stage.publish(each)
@@ -106,10 +107,11 @@ class Storm:
             finally:
                 for injector in injectors:
                     injector.mend()
+            stage.publish(pool)  # what is tagged with a version that no host has taken, or has left, needs a newer one
             (self._directory / "stop").touch()
             self._until_settled(stage, injectors)
             stage.stop_tap()
-            return self._verdict(stage, injectors, recovery, Judges({POOL: signatures}, real_models))
+            return self._verdict(stage, injectors, recovery, real_models)
 
     def _real(self, stage: Stage) -> tuple[Pool | None, dict[str, dict[int, Path]]]:
         wanted = real.installed() if self._options.real is None else self._options.real
@@ -206,11 +208,11 @@ class Storm:
             time.sleep(LOOK_S)
 
     def _verdict(
-        self, stage: Stage, injectors: list[Injector], recovery: Recovery, judges: Judges
+        self, stage: Stage, injectors: list[Injector], recovery: Recovery, real_models: dict[str, dict[int, Path]]
     ) -> tuple[dict[str, Any], bool]:
         options = self._options
         evidence = checker.gather(self._directory, stage.direct, stage.pools)
-        verdict = checker.judge(evidence, judges.made_by)
+        verdict = checker.judge(evidence, Judges(evidence.known.signatures, real_models).made_by)
         for words in verdict.words():
             self.say(words)
         for name, seconds in sorted(recovery.seconds, key=lambda each: -each[1])[:SLOWEST]:

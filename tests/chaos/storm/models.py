@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from rollpool.ops.local.reference import ReferenceModel
-from rollpool.ops.sim import made_by
+from rollpool.ops.sim import made_by_spans
 
 #: Largest difference of a log-prob, in nats, as the engine tests allow it.
 LOGPROB_ERROR = 0.05
+
+#: Pieces of a sample of one version: in a storm one may be moved more often than elsewhere.
+MOST_PIECES = 12
 
 
 class Judges:
@@ -28,16 +31,26 @@ class Judges:
         self._checkpoints = checkpoints
         self._models: dict[Path, ReferenceModel] = {}
 
-    def made_by(self, pool: str, version: int, prompt: list[int], sample: dict[str, Any]) -> bool:
-        """Whether policy `version` of a pool made this sample; never, when nobody published it."""
-        if (checkpoint := self._checkpoints.get(pool, {}).get(version)) is not None:
-            return self._close(checkpoint, prompt, sample)
-        signature = self._signatures.get(pool, {}).get(version)
-        return signature is not None and made_by(signature, prompt, sample["ids"])
+    def made_by(self, pool: str, prompt: list[int], sample: dict[str, Any]) -> bool:
+        """Whether the policies that its spans name made this sample; never, when nobody published one of them."""
+        if pool in self._checkpoints:
+            return all(self._close(self._checkpoints[pool], span, prompt, sample) for span in sample["spans"])
+        return made_by_spans(
+            self._signatures.get(pool, {}),
+            prompt,
+            sample["ids"],
+            sample["spans"],
+            logprobs=sample["logprobs"],
+            most_pieces=MOST_PIECES,
+        )
 
-    def _close(self, checkpoint: Path, prompt: list[int], sample: dict[str, Any]) -> bool:
+    def _close(self, checkpoints: dict[int, Path], span: list[int], prompt: list[int], sample: dict[str, Any]) -> bool:
+        version, start, end = span
+        if (checkpoint := checkpoints.get(version)) is None:
+            return False
         if checkpoint not in self._models:
             self._models[checkpoint] = ReferenceModel.from_checkpoint(checkpoint)
         ids = np.asarray(sample["ids"], np.int32)
         again = self._models[checkpoint].logprobs(np.asarray(prompt, np.int32), ids, temperature=1.0)
-        return bool(np.abs(again - np.asarray(sample["logprobs"], np.float32)).max() < LOGPROB_ERROR)
+        told = np.asarray(sample["logprobs"], np.float32)
+        return bool(np.abs(again - told)[start:end].max(initial=0.0) < LOGPROB_ERROR)

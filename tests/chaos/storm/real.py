@@ -11,6 +11,7 @@ from rollpool.ops.local.hosts import LocalHosts, cpu_engine
 from rollpool.ops.local.run import engine_line
 from rollpool.ops.local.tiny_model import make_tiny_model
 from storm.faults import Fault
+from storm.policies import Policies
 from storm.stage import HOST_SETTINGS, Pool, Stage
 
 NAME = "real"
@@ -34,7 +35,8 @@ def real_pool(stage: Stage, models: list[Path]) -> Pool:
     python = ensure_engine_env()
     engine = cpu_engine(python, cache_dir(), engine_line(python))
     hosts = LocalHosts(stage.proxy.url, NAME, stage.directory / "hosts", engine, SETTINGS)
-    pool = Pool(NAME, hosts, [f"{NAME}-0"], models)
+    policies = Policies(stage.directory, NAME, models, simulated=False)
+    pool = Pool(NAME, hosts, [f"{NAME}-0"], policies)
     stage.pools[NAME] = pool
     return pool
 

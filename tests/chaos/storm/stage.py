@@ -19,11 +19,12 @@ from redis.exceptions import RedisError
 
 from rollpool.ops.local.hosts import LocalHosts
 from rollpool.ops.local.server import LocalServer
-from rollpool.ops.sim import FAIL, FORGET, HANG, KILL, REFUSE, make_sim_model, sim_engine
-from rollpool.producer import RolloutPool
+from rollpool.ops.sim import FAIL, FORGET, HANG, KILL, REFUSE, sim_engine
 from rollpool.schemas import RollpoolError
 from storm import wire
 from storm.children import HOME, Children
+from storm.mixed import MixedHosts
+from storm.policies import Policies
 from storm.proxy import Proxy
 
 #: Short, so that many faults fit into ten minutes; how a pool recovers with its defaults is measured elsewhere.
@@ -51,12 +52,10 @@ class Pool:
     """One pool of a stage."""
 
     name: str
-    hosts: LocalHosts
+    hosts: MixedHosts | LocalHosts
     #: Names of its workers.
     workers: list[str]
-    #: Checkpoints in the order in which they are published, as versions 1, 2 and so on.
-    checkpoints: list[Path]
-    published: int = 0
+    policies: Policies
     runs: list[str] = field(default_factory=list)
 
 
@@ -73,13 +72,17 @@ class Stage:
         self.server_lock = threading.Lock()
         self.direct = wire.direct(server.port)
 
-    def publish(self, pool: Pool) -> int:
-        """Publish the next policy of a pool, however often it takes; returns its version."""
-        version = pool.published + 1
-        with RolloutPool(self.proxy.url, pool=pool.name, run="publisher") as trainer:
-            _again(lambda: trainer.publish_policy(version, checkpoint=str(pool.checkpoints[version - 1])))
-        pool.published = version
-        return version
+    def publish(self, pool: Pool, **options: Any) -> int:
+        """Publish the next checkpoint of a pool, however often it takes; returns its version."""
+        return pool.policies.publish(self.proxy.url, _again, **options)
+
+    def publish_adapter(self, pool: Pool, run: str) -> int:
+        """The same of an adapter of a run."""
+        return pool.policies.publish_adapter(self.proxy.url, run, _again)
+
+    def go_back(self, pool: Pool) -> int:
+        """Have the last checkpoint abandoned; the version that is current then."""
+        return pool.policies.go_back(self.proxy.url, _again)
 
     def serving(self, pool: Pool) -> int:
         """Workers of a pool that serve, by their heartbeats."""
@@ -109,14 +112,9 @@ class Stage:
             mine = {"url": self.proxy.url, "pool": pool.name, "run": run, "directory": str(self.directory)}
             self.children.add(run, "storm.trainer", mine | settings)
 
-    def add_tap(self, logprobs_of: Sequence[str] = ()) -> None:
+    def add_tap(self) -> None:
         """Start the tap."""
-        settings = {
-            "port": self.server.port,
-            "pools": list(self.pools),
-            "logprobs_of": list(logprobs_of),
-            "directory": str(self.directory),
-        }
+        settings = {"port": self.server.port, "pools": list(self.pools), "directory": str(self.directory)}
         self.children.add("tap", "storm.tap", settings)
 
     def counts(self) -> tuple[int, int]:
@@ -162,27 +160,36 @@ def _again(call: Callable[[], object], seconds: float = 60.0) -> None:
             return
 
 
-def make_policies(directory: Path, pool: str, count: int) -> tuple[list[Path], dict[int, int]]:
-    """Checkpoints of simulated policies, in order, and their signatures by version."""
-    signatures = {version: 1000 + version for version in range(1, count + 1)}
-    paths = [directory / "models" / pool / str(version) for version in signatures]
-    for path, signature in zip(paths, signatures.values(), strict=True):
-        make_sim_model(path, signature=signature)
-    return paths, signatures
+#: How the engines of a pool change what they serve, host by host, over and over.
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"hot_swap": True, "lora": "runtime", "swap_s": 0.6, "stall_s": 0.1},
+    {"hot_swap": True, "swap_s": 0.6, "stall_s": 0.1},
+    {"lora": "launch"},
+    {"lora": "runtime"},
+    {"hot_swap": True, "lora": "runtime", "swap_s": 0.1},
+)
 
 
-def sim_pool(stage: Stage, name: str, workers: int, checkpoints: list[Path]) -> Pool:
-    """A pool of hosts with simulated engines; not started."""
+def sim_pool(stage: Stage, name: str, workers: int, policies: Policies) -> Pool:
+    """A pool of hosts with simulated engines of all kinds; not started."""
+    names = [f"{name}-{number}" for number in range(workers)]
+    hosts = {worker: _sim_hosts(stage, name, worker, KINDS[at % len(KINDS)]) for at, worker in enumerate(names)}
+    pool = Pool(name, MixedHosts(hosts), names, policies)
+    stage.pools[name] = pool
+    return pool
+
+
+def _sim_hosts(stage: Stage, pool: str, worker: str, kind: dict[str, Any]) -> LocalHosts:
     engine = {
-        **sim_engine(max_running_requests=16, step_ms=20.0, median_tokens=40, sigma=0.5, start_s=0.2),
+        **sim_engine(max_running_requests=16, step_ms=20.0, median_tokens=40, sigma=0.5, start_s=0.2, **kind),
+        "adapter_slots": 2,
         "stall_timeout_s": STALL_S,
         "start_timeout_s": 60.0,
         "stop_timeout_s": 2.0,
     }
-    hosts = LocalHosts(stage.proxy.url, name, stage.directory / "hosts", engine, HOST_SETTINGS)
-    pool = Pool(name, hosts, [f"{name}-{number}" for number in range(workers)], checkpoints)
-    stage.pools[name] = pool
-    return pool
+    settings = {**HOST_SETTINGS, "stage_dir": str(stage.directory / "staged" / worker)}
+    return LocalHosts(stage.proxy.url, pool, stage.directory / "hosts", engine, settings)
 
 
 def start_hosts(pool: Pool) -> None:

@@ -33,7 +33,6 @@ class Tap:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._directory = Path(settings["directory"])
         self._pools: list[str] = settings["pools"]
-        self._logprobs_of: list[str] = settings["logprobs_of"]
         self._client = wire.direct(settings["port"])
         self._marks = self._directory / "tapped"
         self._marks.mkdir(exist_ok=True)
@@ -82,10 +81,7 @@ class Tap:
         pool, run, batch = _named(key)
         result = wire.result(fields)
         self._seen.setdefault(key, set()).add(result.index)
-        samples = [
-            {"ids": each.ids, "spans": each.spans} | ({"logprobs": each.logprobs} if pool in self._logprobs_of else {})
-            for each in result.samples
-        ]
+        samples = [{"ids": each.ids, "spans": each.spans, "logprobs": each.logprobs} for each in result.samples]
         self._journal.add(
             "result",
             pool=pool,
