@@ -14,8 +14,8 @@ from rollpool.schemas.policies import Policy
 
 AckState = Literal["received", "applied", "failed"]
 
-#: States: `policy` (serve it: a checkpoint, or an adapter beside those loaded), `pause` (pull no more), `drain` (pull no
-#: more, and give back what does not finish in time), `resume` (pull again), `concurrency` (samples in the engine).
+#: States: `policy` (serve it: a checkpoint, or an adapter beside those loaded), `pause` (pull no more), `drain` (pull
+#: no more, and give back what does not finish in time), `resume` (pull again), `concurrency` (samples in the engine).
 #: Once: `cancel` (drop a run's jobs), `flush` (the prefix cache), `shutdown`.
 CommandKind = Literal["policy", "pause", "drain", "resume", "concurrency", "cancel", "flush", "shutdown"]
 

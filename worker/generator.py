@@ -1,8 +1,8 @@
 """Runs jobs on one engine: one call a sample, never more samples in the engine than the target.
 
 Invariant: a job handed in comes out by exactly one of the first five callbacks of `Outlet`, or through `abandon`,
-`interrupt` or `drop`; finished samples survive the fault of a sibling; no job is in the engine with more others than its
-record allows; and no token is kept of a policy that the job's tag forbids.
+`interrupt` or `drop`; finished samples survive the fault of a sibling; no job is in the engine with more others than
+its record allows; and no token is kept of a policy that the job's tag forbids.
 """
 
 import asyncio
@@ -189,7 +189,7 @@ class Generator:
         self._fill()
 
     def abandon(self, *, started: bool = True, which: Callable[[HeldJob], bool] | None = None) -> list[HeldJob]:
-        """Stop work and hand back the jobs: all, only those of which no sample was started, or those that are asked for."""
+        """Stop work and hand back the jobs: all, only those of which no sample was started, or those asked for."""
         leaving = [held for held in self._jobs if started or held not in self._inside]
         leaving = [held for held in leaving if which is None or which(held)]
         for held in leaving:
@@ -304,9 +304,7 @@ class Generator:
 
     async def _sample(self, held: HeldJob, index: int) -> None:
         version = self._policy.version if held.adapter is None else held.version
-        ask = ask_for(
-            held.prompt_ids, held.job.sampling, held.pieces.get(index), self._engine.facts.max_prompt_tokens
-        )
+        ask = ask_for(held.prompt_ids, held.job.sampling, held.pieces.get(index), self._engine.facts.max_prompt_tokens)
         try:
             completion = await self._call(held, ask)
         except RequestRefused as error:

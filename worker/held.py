@@ -34,7 +34,7 @@ class HeldJob:
     samples: dict[int, Sample] = field(default_factory=dict)
     #: Beginnings of others, likewise.
     pieces: dict[int, Sample] = field(default_factory=dict)
-    #: The adapter that it runs on here, by the name that the engine knows; None: the engine's own weights.
+    #: The adapter that it runs on here, by the engine's name for it; None: the engine's own weights.
     adapter: str | None = None
     #: The version that this adapter is.
     version: int = 0
@@ -45,7 +45,7 @@ class HeldJob:
 
     @classmethod
     def of(cls, entry: Entry, job: PromptJob, now: float, *, generation: int | None = None) -> "HeldJob":
-        """As pulled, with what other hosts made of it that still counts under policies of this generation; None: all."""
+        """As pulled, with what others made of it that counts under policies of this generation; None: all of it."""
         done = _made_elsewhere(entry)
         held = cls(entry, job, now, record=entry.record, generation=done.generation)
         if generation is not None and generation != done.generation:

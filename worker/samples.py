@@ -85,7 +85,10 @@ def sample_of(
     if piece is not None:
         made = len(piece.output_ids)
         ids, logprobs = np.concatenate([piece.output_ids, ids]), np.concatenate([piece.logprobs, logprobs])
-        spans = [*piece.version_spans, *(VersionSpan(span.version, span.start + made, span.end + made) for span in spans)]
+        spans = [
+            *piece.version_spans,
+            *(VersionSpan(span.version, span.start + made, span.end + made) for span in spans),
+        ]
         text = decode(ids)
     # The engine and its dialect vouch for lengths and types.
     return Sample.model_construct(

@@ -25,6 +25,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 from storm.policies import add_tokenizer
+from storm.wire import Pending
 from waiting import until_blocking
 
 from rollpool.ops.doctor import examine
@@ -307,8 +308,9 @@ class Scene:
             until_blocking(condition, what)
         except AssertionError as error:
             said = "\n".join(map(str, self.statuses().values()))
+            places = "\n".join(Pending(self.client, POOL).places())
             logs = "\n".join(f"--- {name}\n{self.log(name)[-1500:]}" for name in self.names)
-            raise AssertionError(f"{error}\nturns: {self.turns()}\n{said}\n{logs}") from None
+            raise AssertionError(f"{error}\nturns: {self.turns()}\n{said}\n{places}\n{logs}") from None
 
     def is_waiting(self, name: str) -> bool:
         """True while a host waits for its turn."""

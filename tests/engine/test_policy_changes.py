@@ -254,7 +254,9 @@ def test_an_adapter_serves_merged_where_the_engine_has_none_and_beside_the_weigh
 
 def test_weights_change_in_the_middle_of_sequences_while_the_engine_serves(on_main: Scene) -> None:
     scene, engine = on_main, on_main.engine()
-    before, batches = scene.serving(), scene.under_way()
+    before = scene.publish(mode="resume")
+    scene.until_serving(before)
+    batches = scene.under_way()
     after = scene.publish(mode="resume")
     groups = scene.collected(*batches)
     assert "swapped while serving" in scene.how(after)

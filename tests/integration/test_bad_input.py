@@ -141,7 +141,9 @@ GARBAGE = st.binary(max_size=30)
 
 
 @given(
-    members=st.lists(st.tuples(st.sampled_from([f"parked:{RUN}", "delayed", f"exact:{RUN}", "deadlines"]), GARBAGE), max_size=6),
+    members=st.lists(
+        st.tuples(st.sampled_from([f"parked:{RUN}", "delayed", f"exact:{RUN}", "deadlines"]), GARBAGE), max_size=6
+    ),
     waiting=st.dictionaries(GARBAGE, BODIES, max_size=4),
     ready=st.lists(GARBAGE, max_size=4),
 )

@@ -7,9 +7,8 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
-from fakes import FakeOwner, Request, completion
+from fakes import FakeOwner, completion
 from stage import RUN, Stage, make_quick
 from waiting import until
 
@@ -455,4 +454,3 @@ async def test_cancelled_jobs_leave_the_engine_and_the_host_says_so(stage: Stage
     await answered(stage, "applied", kind="cancel")
     assert not host.busy
     await stage.settled("b", "cancelled", "cancelled")
-

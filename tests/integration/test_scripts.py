@@ -891,7 +891,13 @@ async def test_the_first_version_may_be_nought(pool: Pool) -> None:
 
 
 async def test_policies_that_somebody_made_by_hand_are_in_nobodys_way(pool: Pool) -> None:
-    by_hand = {"1": "no JSON", "2": "[]", "3": "3", "x": '"checkpoint":"/ckpt/7"', "4": '{"x":{"checkpoint":"/ckpt/7"}}'}
+    by_hand = {
+        "1": "no JSON",
+        "2": "[]",
+        "3": "3",
+        "x": '"checkpoint":"/ckpt/7"',
+        "4": '{"x":{"checkpoint":"/ckpt/7"}}',
+    }
     await pool.server.hset(pool.keys.policies, mapping=by_hand)
     assert (await publish(pool.client, pool.keys, checkpoint(1))).answer == "other"
     assert (await publish(pool.client, pool.keys, checkpoint(7))).answer == "new"

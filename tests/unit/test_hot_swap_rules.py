@@ -1,7 +1,7 @@
 """What the launch scripts decide about weights and adapters without an engine: spans, whole files, plain adapters."""
 
 import importlib
-import json
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def test_spans_say_of_each_token_what_served_when_it_was_made(moves: list[tuple[
             told = marks.spans(rid, len(made))
             assert [version for version, start, end in told for _ in range(start, end)] == made
             assert [start for _, start, _ in told] == [0, *(end for _, _, end in told)][: len(told)]
-            assert all(one[0] != other[0] for one, other in zip(told, told[1:], strict=False))
+            assert all(one[0] != other[0] for one, other in itertools.pairwise(told))
 
 
 def test_a_request_that_ended_without_an_output_is_forgotten_at_the_next_change() -> None:
@@ -157,7 +157,6 @@ def test_an_internal_that_is_gone_or_changed_is_named(monkeypatch: pytest.Monkey
     assert expect("json:dumps", None, ("sort_keys=False",)) == ""
     assert "no_such_module" in expect("no_such_module:x")
     assert "no attribute 'x'" in expect("json:JSONDecoder.x")
-    assert "takes ('s',)" not in expect("json:JSONDecoder.decode", ("self", "s", "_w"))
+    assert expect("json:JSONDecoder.decode", ("self", "s", "_w")) == ""
     assert "not ('self', 's')" in expect("json:JSONDecoder.decode", ("self", "s"))
     assert "no longer holds 'gone'" in expect("json:dumps", None, ("gone",))
-    assert json.dumps  # what was looked at is as it was

@@ -112,4 +112,4 @@ def test_what_runs_in_the_engines_environment_needs_nothing_of_ours(path: Path) 
     siblings = {script.stem for script in LAUNCH}
     needed = {name.split(".")[0] for name in imports(AtRuntime().visit(parsed(path)))}
     # The others are there wherever sgl_jax is.
-    assert needed <= sys.stdlib_module_names | siblings | {"sgl_jax", "jax", "msgpack"}
+    assert needed <= sys.stdlib_module_names | siblings | {"sgl_jax", "jax", "flax", "numpy", "msgpack"}

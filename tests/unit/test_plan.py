@@ -41,7 +41,9 @@ def facts(lora: LoraSupport = "none", slots: int = 0, *, swaps: bool = False) ->
     return fake_engine(lora=lora, adapter_slots=slots, swaps=swaps).facts
 
 
-def step(serving: Setup, wanted: Wanted, engine: EngineFacts, loaded: tuple[Policy, ...] = (), **more: object) -> Step | None:
+def step(
+    serving: Setup, wanted: Wanted, engine: EngineFacts, loaded: tuple[Policy, ...] = (), **more: object
+) -> Step | None:
     given: dict[str, object] = {"busy": (), "restart_only": (), **more}
     return next_step(serving, loaded, wanted, engine, **given)  # type: ignore[arg-type]
 
@@ -120,7 +122,9 @@ def test_the_newest_adapter_of_each_run_comes_before_all_older_ones() -> None:
 
 runs = st.sampled_from(["a", "b", "c"])
 targets = st.one_of(
-    st.builds(lambda version, source: checkpoint(version, source=source), st.integers(1, 4), st.sampled_from([BASE, "/two"])),
+    st.builds(
+        lambda version, source: checkpoint(version, source=source), st.integers(1, 4), st.sampled_from([BASE, "/two"])
+    ),
     st.builds(lambda version, run: adapter(version + 10, run=run), st.integers(0, 9), runs),
 )
 

@@ -1,4 +1,4 @@
-"""A sample that is made in pieces has every token once, with the version that made it, and no more than were asked for."""
+"""A sample that is made in pieces has every token once, with the version that made it, and never too many."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,9 @@ from rollpool.worker.samples import ask_for, can_go_on, is_piece, sample_of
 PROMPT = np.array([1, 2, 3], np.int32)
 
 
-def made(version: int, first: int, tokens: int, *, reason: str = "abort", spans: tuple[VersionSpan, ...] = ()) -> Completion:
+def made(
+    version: int, first: int, tokens: int, *, reason: str = "abort", spans: tuple[VersionSpan, ...] = ()
+) -> Completion:
     return Completion(
         output_ids=np.arange(first, first + tokens, dtype=np.int32),
         logprobs=np.full(tokens, -float(version), np.float32),
@@ -30,7 +32,9 @@ def decode(ids: "np.ndarray[tuple[int, ...], np.dtype[np.int32]]") -> str:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), max_size=5), st.integers(1, 24), st.integers(0, 30))
-def test_however_often_it_is_interrupted_it_is_whole(pieces: list[tuple[int, int]], budget: int, most_prompt: int) -> None:
+def test_however_often_it_is_interrupted_it_is_whole(
+    pieces: list[tuple[int, int]], budget: int, most_prompt: int
+) -> None:
     sampling = SamplingParams(max_new_tokens=budget, min_new_tokens=budget // 2)
     piece: Sample | None = None
     for version, tokens in pieces:
@@ -49,7 +53,9 @@ def test_however_often_it_is_interrupted_it_is_whole(pieces: list[tuple[int, int
     assert whole.output_ids.tolist() == list(range(budget))
     for span in whole.version_spans:
         assert set(whole.logprobs[span.start : span.end].tolist()) == {-float(span.version)}
-    assert all(one.version != other.version for one, other in zip(whole.version_spans, whole.version_spans[1:], strict=False))
+    assert all(
+        one.version != other.version for one, other in zip(whole.version_spans, whole.version_spans[1:], strict=False)
+    )
     assert whole.finish_reason == "length"
     assert whole.text == ("?" if kept == 0 else decode(whole.output_ids))
 

@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 #: Seconds between looks whether the last request that uses an adapter has ended.
 LOOK_AGAIN_S = 0.5
 
-#: Seconds before a source that could not be reached is tried again, and after which it counts as failed: the others must
-#: not wait for a mount that is missing here.
+#: Seconds before a source that could not be reached is tried again, and after which it counts as failed: the others
+#: must not wait for a mount that is missing here.
 FETCH_AGAIN_S, FETCH_PATIENCE_S = 5.0, 120.0
 
 #: Seconds that an engine may take to notice that requests were given up: it looks every second or two.
@@ -122,9 +122,9 @@ class Changes:
     def _step_of_attached(self, session: Session) -> Step | None:
         """Its weights change when its owner says so; once it serves what was published, it is attached to anew."""
         newest = self.choice.orders.target
-        if newest is not None and newest.policy.checkpoint == session.engine.facts.model_path:
-            if not self.choice.refuses(newest) and not newest.policy.same_source(session.policy):
-                return Restart(Setup(newest))
+        named = newest is not None and newest.policy.checkpoint == session.engine.facts.model_path
+        if newest is not None and named and self._is_news(newest, session):
+            return Restart(Setup(newest))
         if session.engine.facts.lora != "runtime":
             return None
         serving = Target(session.policy, session.setup.checkpoint.command)
@@ -137,6 +137,9 @@ class Changes:
             restart_only=(),
         )
         return step if isinstance(step, Load | Unload) else None
+
+    def _is_news(self, target: Target, session: Session) -> bool:
+        return not self.choice.refuses(target) and not target.policy.same_source(session.policy)
 
     async def _something_new(self, orders: Orders, session: Session) -> None:
         wanted = self.choice.wanted
@@ -317,11 +320,12 @@ class Changes:
 def goes_back(serving: Setup, setup: Setup) -> bool:
     """True when a lineage went back to an earlier version: what the abandoned ones began is not gone on with."""
     generations = {target.policy.lineage: target.policy.generation for target in serving.targets}
-    return any(target.policy.generation > generations.get(target.policy.lineage, target.policy.generation)
-               for target in setup.targets)
+    return any(
+        target.policy.generation > generations.get(target.policy.lineage, target.policy.generation)
+        for target in setup.targets
+    )
 
 
 def _must_leave(held: HeldJob) -> bool:
     """An exact job's tokens are all of one policy, and an adapter's of the checkpoint that it belongs on."""
     return held.job.exact or held.adapter is not None
-

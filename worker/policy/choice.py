@@ -73,7 +73,9 @@ class PolicyChoice:
         newest = self.orders.target
         if newest is not None and not self.refuses(newest):
             return newest
-        return (self.last_good.checkpoint if self.last_good else None) or self._before(newest) or self._initial or newest
+        return (
+            (self.last_good.checkpoint if self.last_good else None) or self._before(newest) or self._initial or newest
+        )
 
     def _before(self, newest: Target | None) -> Target | None:
         """For a host that has served nothing yet: the newest of what the others may be serving."""

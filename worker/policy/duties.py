@@ -1,7 +1,7 @@
 """Does what commands ask that is not about policies: pause, drain, resume, concurrency, cancel, flush, shut down.
 
-Invariant: commands are obeyed in the order of the log, each is answered, and none is waited for so long that a later one
-that makes it void is not heard.
+Invariant: commands are obeyed in the order of the log, each is answered, and none is waited for so long that a later
+one that makes it void is not heard.
 """
 
 import asyncio

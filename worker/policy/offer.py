@@ -72,5 +72,6 @@ class Offer:
         merged = {} if self.checkpoint else {self.weights.run: (self.weights,)}
         adapters = {**self.adapters, **merged}
         return " ".join(
-            f"{run}:{','.join(str(policy.version) for policy in policies)}" for run, policies in sorted(adapters.items())
+            f"{run}:{','.join(str(policy.version) for policy in policies)}"
+            for run, policies in sorted(adapters.items())
         )
