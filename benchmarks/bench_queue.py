@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 import uuid
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgpack
@@ -18,8 +19,17 @@ import numpy as np
 
 from rollpool.ops.local.server import LocalServer
 from rollpool.producer import AsyncRolloutPool
+from rollpool.schemas import Policy
 from rollpool.schemas.connection import connect_async
-from rollpool.worker.engines.protocol import ChatRequest, Completion, EngineFacts, EngineLoad, SampleRequest
+from rollpool.worker.engines.protocol import (
+    Adapter,
+    ChatRequest,
+    Completion,
+    EngineFacts,
+    EngineLoad,
+    OnProgress,
+    SampleRequest,
+)
 from rollpool.worker.host import Host
 from rollpool.worker.settings import WorkerSettings
 
@@ -40,7 +50,9 @@ class NoOpEngine:
         max_running_requests=AT_ONCE,
         max_prompt_tokens=4096,
         context_length=8192,
-        lora=False,
+        lora="none",
+        adapter_slots=0,
+        swaps=False,
         model_path="/",  # a directory without a tokenizer
         tp_size=1,
         identity="no-op",
@@ -68,6 +80,14 @@ class NoOpEngine:
     async def identify(self) -> str:
         return "no-op"
 
+    async def swap(self, checkpoint: str, version: int) -> None: ...
+
+    async def load_adapter(self, adapter: Adapter) -> None: ...
+
+    async def unload_adapter(self, name: str) -> None: ...
+
+    async def flush_cache(self) -> None: ...
+
     async def close(self) -> None: ...
 
 
@@ -76,10 +96,17 @@ class NoOpOwner:
 
     controls_weights = True
     url = ""
+    opened = "at once"
 
-    async def check(self, checkpoint: str) -> None: ...
+    async def stage(self, policy: Policy, on_progress: OnProgress) -> str:
+        return policy.source
 
-    async def open(self, checkpoint: str) -> NoOpEngine:
+    async def merge(self, base: str, policy: Policy, adapter: str) -> str:
+        return base
+
+    def keep(self, paths: Iterable[str]) -> None: ...
+
+    async def open(self, checkpoint: str, *, version: int, adapters: Sequence[Adapter] = ()) -> NoOpEngine:
         return NoOpEngine()
 
     async def watch(self) -> str:

@@ -15,6 +15,9 @@ from rollpool.schemas.errors import PolicyUnknown
 from rollpool.schemas.policies import CHECKPOINTS, Policy
 from rollpool.schemas.scripts import Pending, pending_of
 
+#: Looks at a lineage that changes between the parts of a look; then it is taken as it is.
+_LOOKS = 20
+
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
@@ -24,6 +27,8 @@ class Lineage:
     #: Version of the newest; None before the first.
     current: int | None
     generation: int
+    #: The newest; None before the first.
+    policy: Policy | None
     #: The current checkpoint of the pool; None before the first.
     checkpoint: Policy | None
     #: What going back left to do.
@@ -32,21 +37,31 @@ class Lineage:
 
 async def read_lineage(server: Server, name: str) -> Lineage:
     """The checkpoints of the pool, or the adapters of this server's run."""
-    keys = server.keys
     with server.doing(f"reading the policies of run {server.run}"):
-        async with server.client.pipeline(transaction=False) as pipe:
-            pipe.get(keys.policy)
-            pipe.get(keys.run_policy(server.run))
-            pipe.hgetall(keys.generations)
-            checkpoint, adapter, generations = await pipe.execute()
-        base = await _record(server, checkpoint.decode()) if checkpoint else None
+        for _ in range(_LOOKS):
+            lineage = await _look(server, name)
+            # Its record is gone when the lineage went back between the two looks.
+            if (lineage.current is None) == (lineage.policy is None):
+                break
+    return lineage
+
+
+async def _look(server: Server, name: str) -> Lineage:
+    keys = server.keys
+    async with server.client.pipeline(transaction=False) as pipe:
+        pipe.get(keys.policy)
+        pipe.get(keys.run_policy(server.run))
+        pipe.hgetall(keys.generations)
+        versions = await pipe.execute()
+    checkpoint, adapter = (None if version is None else int(version) for version in versions[:2])
     current = checkpoint if name == CHECKPOINTS else adapter
     return Lineage(
         name=name,
-        current=None if current is None else int(current),
-        generation=int(generations.get(name.encode(), 0)),
-        checkpoint=base,
-        pending=tuple(pending_of(name, generations)),
+        current=current,
+        generation=int(versions[2].get(name.encode(), 0)),
+        policy=await _record(server, name, current),
+        checkpoint=await _record(server, CHECKPOINTS, checkpoint),
+        pending=tuple(pending_of(name, versions[2])),
     )
 
 
@@ -65,7 +80,7 @@ def field_of(server: Server, lineage: str, version: int) -> str:
 async def recorded(server: Server, lineage: str, version: int) -> Policy | None:
     """The live policy of a lineage under a version, if any."""
     with server.doing(f"reading policy {version}"):
-        return await _record(server, field_of(server, lineage, version))
+        return await _record(server, lineage, version)
 
 
 async def live_versions(server: Server, lineage: str) -> list[int]:
@@ -116,11 +131,9 @@ def named(lineage: str) -> str:
 async def current_policy(server: Server) -> Policy | None:
     """The policy that the run is served by once all hosts are there; None before the first."""
     adapters = await read_lineage(server, f"lora:{server.run}")
-    if adapters.current is not None:
-        adapter = await recorded(server, adapters.name, adapters.current)
-        if adapter is not None and fits(adapter, adapters.checkpoint):
-            return adapter
-    return adapters.checkpoint
+    if adapters.policy is not None and fits(adapters.policy, adapters.checkpoint):
+        return adapters.policy
+    return (await read_lineage(server, CHECKPOINTS)).policy
 
 
 def fits(adapter: Policy, checkpoint: Policy | None) -> bool:
@@ -128,8 +141,10 @@ def fits(adapter: Policy, checkpoint: Policy | None) -> bool:
     return checkpoint is None or adapter.base == checkpoint.checkpoint
 
 
-async def _record(server: Server, field: str) -> Policy | None:
-    record: Any = await server.client.hget(server.keys.policies, field)
+async def _record(server: Server, lineage: str, version: int | None) -> Policy | None:
+    if version is None:
+        return None
+    record: Any = await server.client.hget(server.keys.policies, field_of(server, lineage, version))
     return None if record is None else read_record(record)
 
 

@@ -23,9 +23,10 @@ async def roll_back(publisher: Publisher, version: int | None) -> Policy:
     name = await lineage_of(server)
     for _ in range(_TRIES):
         lineage = await read_lineage(server, name)
+        if version is None or version != lineage.current:
+            publisher.check_known(lineage)
         target = await _target(server, lineage, version)
         if target.version != lineage.current:
-            publisher.check_known(lineage)
             _check_base(target, lineage)
             target = target.model_copy(update={"generation": lineage.generation + 1})
             if not await _sent(server, target, lineage):

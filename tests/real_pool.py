@@ -82,7 +82,7 @@ class RealPool:
         assert status is not None
         assert policy is not None
         assert status.policy == policy.version
-        return RealEngine(status.engine_url, Path(policy.checkpoint))
+        return RealEngine(status.engine_url, Path(policy.source))
 
     def kill_worker(self, name: str) -> None:
         """SIGKILL the `rq worker` process."""

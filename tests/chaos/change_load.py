@@ -31,6 +31,9 @@ TOKENS = 64
 #: Seconds between looks at how many jobs are open.
 LOOK_S = 0.1
 
+#: Seconds that a call may take that has begun when it is to end.
+CLOSE_S = 10.0
+
 #: Kinds of tags, in turn: staleness, or exact.
 TAGS: tuple[int | str | None, ...] = (None, 0, 1, "exact", None, 1)
 
@@ -111,6 +114,8 @@ class Load(threading.Thread):
         self.tag = 0
         self.asked: dict[tuple[str, int], Asked] = {}
         self.broken: BaseException | None = None
+        #: What kept it from asking, for people.
+        self.troubles: list[str] = []
 
     def run(self) -> None:
         """The thread."""
@@ -121,9 +126,8 @@ class Load(threading.Thread):
                 if self._ended.is_set():
                     return
                 self._enqueue(f"load-{number}", TAGS[number % len(TAGS)])
-        except BaseException as error:
+        except BaseException as error:  # whoever checks what came of it is to hear of it
             self.broken = error
-            raise
 
     def ask(self, batch: str, tag: int, kind: int | str | None, *, n: int = 1, count: int = PROMPTS) -> None:
         """Enqueue one batch, as often as it takes."""
@@ -134,15 +138,19 @@ class Load(threading.Thread):
         sampling = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
 
         def send() -> None:
-            self._pool.enqueue_prompts(
-                prompts,
-                policy_version=tag,
-                n=n,
-                sampling=sampling,
-                max_staleness=staleness,
-                exact=exact,
-                batch_id=batch,
-            )
+            try:
+                self._pool.enqueue_prompts(
+                    prompts,
+                    policy_version=tag,
+                    n=n,
+                    sampling=sampling,
+                    max_staleness=staleness,
+                    exact=exact,
+                    batch_id=batch,
+                )
+            except RollpoolError as error:
+                self.troubles.append(f"{batch}: {type(error).__name__}: {error}")
+                raise
 
         again(send)
 
@@ -154,16 +162,10 @@ class Load(threading.Thread):
         """Ask again."""
         self._paused.clear()
 
-    def finish(self) -> None:
-        """Ask for nothing more."""
-        self._ended.set()
-        self.join()
-        if self.broken is not None:
-            raise self.broken
-
     def close(self) -> None:
-        """Let go of the server."""
+        """Ask for nothing more, and let go of the server."""
         self._ended.set()
+        self.join(CLOSE_S)
         self._pool.close()
         self._client.close()
 

@@ -308,6 +308,7 @@ class Scene:
             until_blocking(condition, what)
         except AssertionError as error:
             said = "\n".join(map(str, self.statuses().values()))
+            said += "".join(f"\n{run}: {load.broken!r} {load.troubles[-3:]}" for run, load in self.loads.items())
             places = "\n".join(Pending(self.client, POOL).places())
             logs = "\n".join(f"--- {name}\n{self.log(name)[-1500:]}" for name in self.names)
             raise AssertionError(f"{error}\nturns: {self.turns()}\n{said}\n{places}\n{logs}") from None
@@ -523,7 +524,8 @@ class Scene:
         """Let everything settle, and prove it; the loads go on afterwards. Jobs by outcome."""
         self.pause_load()
         for load in self.loads.values():
-            self.until(lambda load=load: not load.unsettled(), f"the jobs of {load.run_name} are settled")  # type: ignore[misc]
+            settled = functools.partial(lambda load: load.broken or not load.unsettled(), load)
+            self.until(settled, f"the jobs of {load.run_name} are settled")
         outcomes: dict[str, int] = {}
         for load in self.loads.values():
             if load.broken is not None:

@@ -226,7 +226,7 @@ def engine(with_lora: Engine, files: Files) -> Iterator[Engine]:
 def prompts(request: pytest.FixtureRequest) -> list[list[int]]:
     """Of a few tokens, and of more than are prefilled at once (128)."""
     rng = np.random.default_rng(list(request.node.name.encode()))
-    return [rng.integers(0, 508, length).tolist() for length in (5, 20, 60, 150, 9, 180, 30, 12, 140, 7, 90, 16) * 2]
+    return [rng.integers(0, 508, length).tolist() for length in (5, 20, 60, 150, 9, 180, 30, 12, 140, 7, 90, 16)]
 
 
 def check(files: Files, answers: Sequence[Answer]) -> None:
@@ -257,12 +257,12 @@ def in_the_middle(engine: Engine, files: Files, prompts: list[list[int]], adapte
     """Change the weights over and over while requests run; each token is of the version that its span names."""
     with ThreadPoolExecutor(len(prompts)) as pool:
         asked: list[Future[Answer]] = [
-            pool.submit(engine.generate, prompt, 40 + i, adapters[i % len(adapters)])
+            pool.submit(engine.generate, prompt, 50 + i, adapters[i % len(adapters)])
             for i, prompt in enumerate(prompts)
         ]
         until(lambda: engine.running() >= 8, "many run")
         stopped = []
-        for version, staging in ((2, "device"), (3, "leaf"), (1, "device"), (2, "device")):
+        for version, staging in ((2, "device"), (3, "leaf"), (1, "device")):
             if all(each.done() for each in asked):
                 break
             status, reply = engine.swap(files.checkpoints[version], version, staging)
@@ -270,7 +270,7 @@ def in_the_middle(engine: Engine, files: Files, prompts: list[list[int]], adapte
             stopped.append(reply["num_paused_requests"])
         answers = [each.result() for each in asked]
     assert stopped[0] > 0
-    assert [len(each.sample.output_ids) for each in answers] == [40 + i for i in range(len(prompts))]
+    assert [len(each.sample.output_ids) for each in answers] == [50 + i for i in range(len(prompts))]
     assert max(len(each.versions) for each in answers) > 1, "no change came in the middle of a request"
     check(files, answers)
 
@@ -291,8 +291,8 @@ def test_aborted_requests_say_of_what_they_have_which_version_made_it(
     engine: Engine, files: Files, prompts: list[list[int]]
 ) -> None:
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(engine.generate, prompt, 100) for prompt in prompts[:8]]
-        until(lambda: engine.running() == 8, "all run")
+        asked = [pool.submit(engine.generate, prompt, 70) for prompt in prompts[:8]]
+        until(lambda: engine.running() == 8 or any(each.done() for each in asked), "all run")
         assert engine.swap(files.checkpoints[2], 2)[0] == 200
         until(lambda: engine.running() == 8 or any(each.done() for each in asked), "all run again")
         assert engine.call("/abort_request", {"rid": "", "abort_all": True})[0] == 200

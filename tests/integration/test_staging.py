@@ -47,6 +47,8 @@ class Store:
         self.stalls: dict[str, asyncio.Event] = {}
         #: Files that answer with this status.
         self.status: dict[str, int] = {}
+        #: Files that never end.
+        self.endless: set[str] = set()
         self.url = ""
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -58,6 +60,11 @@ class Store:
         if not file.is_file():
             return web.Response(status=404)
         content = file.read_bytes()
+        if name in self.endless:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            while True:  # until the client hangs up
+                await response.write(bytes(PIECE))
         headers = {"Content-Length": str(len(content)), "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
         response = web.StreamResponse(headers=headers)
         await response.prepare(request)
@@ -199,6 +206,14 @@ async def test_a_file_that_was_changed_is_refused_by_name(store: Store, stage: S
         await stage.fetch(policy, nothing)
     assert not left_in(stage)
     assert store.asked["13/model-00001-of-00002.safetensors"] == 2
+
+
+async def test_a_file_that_grew_without_end_does_not_fill_the_disk(store: Store, stage: Stage) -> None:
+    policy = store.publish()
+    store.endless.add("13/config.json")
+    with pytest.raises(PolicyRejected, match=r"config.json at http.* more than the \d+ bytes that were published"):
+        await stage.fetch(policy, nothing)
+    assert not left_in(stage)
 
 
 @pytest.mark.parametrize("kind", ["md5", "etag"])
@@ -408,6 +423,23 @@ async def test_a_directory_that_is_not_here_may_come(stage: Stage, tmp_path: Pat
 
 async def test_a_name_on_the_hub_is_left_to_the_engine(stage: Stage) -> None:
     assert await stage.fetch(Policy(version=1, run="r", checkpoint="Qwen/Qwen3-0.6B"), nothing) == "Qwen/Qwen3-0.6B"
+
+
+async def test_a_name_on_the_hub_is_outside_the_roots(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "staged", roots=(str(tmp_path),))
+    with pytest.raises(PolicyRejected, match="name on the hub"):
+        await stage.fetch(Policy(version=1, run="r", checkpoint="Qwen/Qwen3-0.6B"), nothing)
+
+
+async def test_a_disk_that_cannot_be_read_is_not_the_sources_fault(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise PolicyRejected("cannot read config.json: Stale file handle") from OSError("Stale file handle")
+
+    monkeypatch.setattr("rollpool.worker.sources.stage.inventory", broken)
+    with pytest.raises(EngineUnavailable, match="Stale file handle"):
+        await stage.fetch(Policy(version=1, run="r", checkpoint=str(tmp_path)), nothing)
 
 
 async def test_a_url_nothing_here_reads_says_so(stage: Stage) -> None:

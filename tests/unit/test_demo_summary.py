@@ -4,7 +4,6 @@ The groups here are made by hand, scored by the very models that the demo's chec
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,10 @@ from redis import Redis
 from rollpool.ops import demo
 from rollpool.ops.demo import Checked, check, summary
 from rollpool.ops.local.reference import ReferenceModel
+from rollpool.ops.local.tiny_adapter import make_tiny_adapter
 from rollpool.ops.local.tiny_model import make_tiny_model
 from rollpool.producer import Group, SamplingParams
-from rollpool.schemas import Keys, RollpoolError
+from rollpool.schemas import Ack, Keys, RollpoolError
 from rollpool.schemas.results import Sample, VersionSpan
 
 #: What the demo's reader is told to accept.
@@ -28,14 +28,13 @@ Models = dict[int, ReferenceModel]
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """As in the demo: a checkpoint, an adapter on it, and another checkpoint."""
     directory = tmp_path_factory.mktemp("models")
-    return {version: make_tiny_model(directory / f"tiny-{version}", seed=version) for version in (1, 2)}
-
-
-@pytest.fixture(scope="module")
-def models(checkpoints: dict[int, Path]) -> Models:
-    return {version: ReferenceModel.from_checkpoint(path) for version, path in checkpoints.items()}
+    first, second = (
+        ReferenceModel.from_checkpoint(make_tiny_model(directory / f"tiny-{seed}", seed=seed)) for seed in (1, 2)
+    )
+    return {1: first, 2: first.with_adapter(make_tiny_adapter(directory / "adapter", seed=1)), 3: second}
 
 
 def group(
@@ -83,28 +82,26 @@ def with_logprobs(of: Group, change: Callable[[Any], Any]) -> Group:
 
 
 def line(groups: list[Group], *, twice: int = 0, max_error: float = 0.0) -> dict[str, Any]:
-    return summary(groups, twice, Checked(max_error=max_error, median_gap=1.0), 1.0)
+    return summary(groups, twice, Checked(max_error=max_error, median_gap=1.0), {}, 1.0)
 
 
 @pytest.fixture
 def all_groups(models: Models) -> list[Group]:
-    """As many as the demo enqueues, one sample each; those of the second batch by policy 2."""
-    made = [group(models, index, samples=1) for index in range(demo.GROUPS)]
-    for index in range(demo.FIRST_GROUPS, demo.GROUPS):
-        made[index] = group(models, index, spans=((2, 0, TOKENS),), samples=1)
-    return made
+    """As many as the demo enqueues, one sample each, by three policies; the last one by two."""
+    spans = [((1, 0, TOKENS),)] * 24 + [((2, 0, TOKENS),)] * 20 + [((3, 0, TOKENS),)] * 19
+    made = [group(models, index, spans=each, samples=1) for index, each in enumerate(spans)]
+    return [*made, group(models, 63, spans=((2, 0, 2), (3, 2, TOKENS)), samples=1)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_results_of_the_policies_they_name_are_found_right(
-    models: Models, checkpoints: dict[int, Path], temperature: float
-) -> None:
+def test_results_of_the_policies_they_name_are_found_right(models: Models, temperature: float) -> None:
     groups = [
         group(models, 0, temperature=temperature),
         group(models, 1, spans=((2, 0, TOKENS),), temperature=temperature),
-        group(models, 2, spans=((1, 0, 2), (2, 2, TOKENS)), temperature=temperature),
+        group(models, 2, spans=((3, 0, TOKENS),), temperature=temperature),
+        group(models, 3, spans=((1, 0, 2), (2, 2, 3), (3, 3, TOKENS)), temperature=temperature),
     ]
-    found = check(groups, checkpoints)
+    found = check(groups, models)
     assert found.max_error < 1e-4
     assert found.median_gap > 10 * TOLERANCE, "the policies are too much alike for the check to tell anything"
 
@@ -114,47 +111,48 @@ def test_results_of_the_policies_they_name_are_found_right(
     [
         (((1, 0, TOKENS),), ((2, 0, TOKENS),)),
         (((2, 0, TOKENS),), ((1, 0, TOKENS),)),
+        (((2, 0, TOKENS),), ((3, 0, TOKENS),)),
         (((1, 0, 2), (2, 2, TOKENS)), ((1, 0, 3), (2, 3, TOKENS))),
         (((1, 0, TOKENS - 1), (2, TOKENS - 1, TOKENS)), ((1, 0, TOKENS),)),
     ],
-    ids=["1 named 2", "2 named 1", "switch named one token late", "last token unnamed"],
+    ids=["1 named 2", "2 named 1", "2 named 3", "switch named one token late", "last token unnamed"],
 )
 def test_one_result_that_names_the_wrong_policy_is_found_among_right_ones(
-    models: Models, checkpoints: dict[int, Path], spans: Any, named: Any
+    models: Models, spans: Any, named: Any
 ) -> None:
     groups = [group(models, 0), group(models, 1, spans=spans, named=named), group(models, 2)]
-    found = check(groups, checkpoints)
+    found = check(groups, models)
     assert found.max_error > TOLERANCE
-    assert summary(groups, 0, found, 1.0)["max_logprob_error"] == pytest.approx(found.max_error, abs=1e-5)
+    assert summary(groups, 0, found, {}, 1.0)["max_logprob_error"] == pytest.approx(found.max_error, abs=1e-5)
 
 
-def test_a_single_wrong_logprob_is_found(models: Models, checkpoints: dict[int, Path]) -> None:
+def test_a_single_wrong_logprob_is_found(models: Models) -> None:
     def shift(logprobs: Any) -> Any:
         logprobs[-1] += 0.06
         return logprobs
 
     groups = [group(models, 0), with_logprobs(group(models, 1), shift)]
-    assert check(groups, checkpoints).max_error == pytest.approx(0.06, abs=1e-3)
+    assert check(groups, models).max_error == pytest.approx(0.06, abs=1e-3)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-def test_a_logprob_that_is_no_number_is_not_small(models: Models, checkpoints: dict[int, Path], wrong: float) -> None:
+def test_a_logprob_that_is_no_number_is_not_small(models: Models, wrong: float) -> None:
     groups = [with_logprobs(group(models, 0), lambda logprobs: np.full_like(logprobs, wrong)), group(models, 1)]
-    assert check(groups, checkpoints).max_error == np.inf
+    assert check(groups, models).max_error == np.inf
 
 
-def test_logprobs_of_another_temperature_are_found(models: Models, checkpoints: dict[int, Path]) -> None:
+def test_logprobs_of_another_temperature_are_found(models: Models) -> None:
     wrong = group(models, temperature=0.7).model_copy(update={"sampling": SamplingParams(temperature=1.0)})
-    assert check([wrong], checkpoints).max_error > TOLERANCE
+    assert check([wrong], models).max_error > TOLERANCE
 
 
-def test_a_policy_that_nobody_published_is_refused_by_name(models: Models, checkpoints: dict[int, Path]) -> None:
-    with pytest.raises(RollpoolError, match="step-1/4 names policy 3"):
-        check([group(models, 4, named=((3, 0, TOKENS),))], checkpoints)
+def test_a_policy_that_nobody_published_is_refused_by_name(models: Models) -> None:
+    with pytest.raises(RollpoolError, match="step-1/4 names policy 4"):
+        check([group(models, 4, named=((4, 0, TOKENS),))], models)
 
 
-def test_policies_that_are_the_same_show_as_a_gap_of_nothing(models: Models, checkpoints: dict[int, Path]) -> None:
-    same = {1: checkpoints[1], 2: checkpoints[1]}
+def test_policies_that_are_the_same_show_as_a_gap_of_nothing(models: Models) -> None:
+    same = {**models, 3: models[1]}
     assert check([group(models, 0)], same).median_gap == 0.0
 
 
@@ -163,7 +161,26 @@ def test_a_whole_job_is_counted(all_groups: list[Group]) -> None:
     assert said["lost"] == said["twice"] == 0
     assert said["groups"] == said["samples"] == demo.GROUPS
     assert said["tokens"] == demo.GROUPS * TOKENS
-    assert said["by_policy"] == {"1": demo.FIRST_GROUPS, "2": demo.GROUPS - demo.FIRST_GROUPS}
+    assert said["by_policy"] == {"1": 24, "2": 21, "3": 20}
+    assert said["tokens_by_policy"] == {"1": 24 * TOKENS, "2": 20 * TOKENS + 2, "3": 20 * TOKENS - 2}
+    assert said["samples_over_a_change"] == 1
+
+
+def test_the_parts_of_the_job_are_the_whole_of_it() -> None:
+    assert demo.FOR_FIRST + demo.FOR_ADAPTER + demo.UNDER_WAY + demo.FOR_SECOND == demo.GROUPS
+
+
+def test_the_seconds_of_a_change_are_those_of_its_last_host() -> None:
+    def ack(worker: str, version: int, state: Any, seconds: float) -> Ack:
+        return Ack(worker=worker, command="1-0", version=version, state=state, seconds=seconds)
+
+    said = [
+        ack("a", 2, "applied", 3.0),
+        ack("b", 2, "applied", 7.04),
+        ack("a", 2, "failed", 9.0),
+        ack("a", 3, "applied", 1.0),
+    ]
+    assert demo.change_seconds(said) == {"2": 7.0, "3": 1.0}
 
 
 def test_lost_groups_are_counted(all_groups: list[Group]) -> None:

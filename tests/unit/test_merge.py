@@ -292,6 +292,11 @@ def test_rounding_finds_the_nearest_number_of_the_type(value: float, dtype: str)
     assert distances[1] == np.nanmin(distances)
 
 
+def test_half_way_between_two_numbers_the_even_one_is_taken() -> None:
+    ties = np.array([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8], np.float32)
+    np.testing.assert_array_equal(to_float32(from_float32(ties, "BF16"), "BF16"), [1.0, 1 + 2**-6, -1.0])
+
+
 def test_the_facts_of_an_adapter(tmp_path: Path) -> None:
     facts = adapter_facts(make_adapter(tmp_path / "adapter"))
     assert (facts.rank, facts.scale, facts.rslora, facts.oddities) == (2, 2.0, False, ())

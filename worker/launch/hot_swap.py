@@ -28,6 +28,9 @@ SWITCH_ENV = "ROLLPOOL_HOT_SWAP"
 #: Releases that are served as they are, without a word: they have nothing that this could be added to.
 _PLAIN_RELEASES = ("0.0.1.post1",)
 
+#: An engine that has this route needs nothing of ours.
+_UPDATE_ROUTE = "/update_weights_from_disk"
+
 #: By this name the scheduler's facts travel to the HTTP process, in what it sends when it is ready.
 _FACTS = "rollpool_engine"
 
@@ -48,22 +51,30 @@ def install() -> None:
 
         preload_raiden_if_requested()
     reason = _why_not()
-    if reason:
-        print(f"rollpool: weights cannot change while this engine serves: {reason}", file=sys.stderr, flush=True)
+    _say(reason)
     try:
         _install(reason)
     except Exception as error:
         print(f"rollpool: the engine is served as it is: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
+def _say(reason: str) -> None:
+    if reason:
+        print(f"rollpool: weights cannot change while this engine serves: {reason}", file=sys.stderr, flush=True)
+
+
 def _why_not() -> str:
     if os.environ.get(SWITCH_ENV, "1") == "0":
         return f"{SWITCH_ENV}=0"
+    version = importlib.metadata.version("sglang-jax")
     try:
+        from sgl_jax.srt.entrypoints import http_server
+
+        if _UPDATE_ROUTE in {getattr(route, "path", None) for route in http_server.app.routes}:
+            return f"sglang-jax {version} has {_UPDATE_ROUTE} of its own"
         fault = unexpected()
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
-    version = importlib.metadata.version("sglang-jax")
     return f"sglang-jax {version} is not as the patches expect it: {fault}" if fault else ""
 
 
@@ -98,6 +109,8 @@ def _add_routes(http_server: Any, manager: Any, facts: EngineFacts | None, reaso
 
     if facts is None:
         facts = facts_of(manager.server_args, reason)
+    elif not facts.hot_swap:
+        _say(facts.reason)
     side = HttpSide(manager, facts, os.environ.get(VERSION_ENV, "0"))
     add_routes(http_server, side, facts)
 

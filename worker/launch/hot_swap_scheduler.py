@@ -61,7 +61,7 @@ class NothingServes(BaseException):
 
 
 def unsupported(scheduler: Any) -> str:
-    """Why this launch's weights cannot be changed; empty where they can."""
+    """Why this launch's weights are not changed; empty where they are."""
     args = scheduler.server_args
     not_tried = {
         "--nnodes": args.nnodes > 1,
@@ -73,10 +73,13 @@ def unsupported(scheduler: Any) -> str:
         "--enable-static-lora": bool(args.enable_static_lora),
         "--ep-dispatch-algorithm": bool(args.ep_dispatch_algorithm),
         "--load-format dummy": str(args.load_format).lower().endswith("dummy"),
+        # Its loading computes on all devices at once, which must not happen beside the serving model.
+        "quantization": scheduler.model_config.quantization_config is not None,
         "an embedding model": not scheduler.is_generation,
         "an engine inside another program": scheduler._comm_backend is not None,
     }
-    return ", ".join(name for name, used in not_tried.items() if used)
+    used = [name for name, is_used in not_tried.items() if is_used]
+    return f"that is not done with {', '.join(used)}" if used else ""
 
 
 class SchedulerSide:
@@ -182,8 +185,13 @@ class SchedulerSide:
 
         check_checkpoint(order.model_path)
         weights.check_config(scheduler.model_config, config())
-        by_leaf = order.staging == "leaf" or (order.staging == "auto" and not weights.fits_beside(self._runner))
-        return weights.StagedByLeaf(self._runner, config) if by_leaf else weights.StagedOnDevice(self._runner, config())
+        if order.staging == "device" or (order.staging == "auto" and weights.fits_beside(self._runner)):
+            try:
+                return weights.StagedOnDevice(self._runner, config())
+            except Refused as error:
+                if order.staging == "device" or not weights.is_out_of_memory(error):
+                    raise
+        return weights.StagedByLeaf(self._runner, config)
 
     def _switch(self, order: UpdateWeights, staged: Staged) -> Reply:
         """Change over between two batches."""

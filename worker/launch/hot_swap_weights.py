@@ -120,10 +120,15 @@ def load(runner: Any, config: Any) -> Any:
         raise
     except Exception as error:
         # The same config loaded before: so it is the files', unless there was no room for them or no way to them.
-        elsewhere = isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in str(error)
+        elsewhere = isinstance(error, OSError) or is_out_of_memory(error)
         message = f"the engine cannot load {config.model_path}: {type(error).__name__}: {error}"
         raise Refused(message, restart_may_help=elsewhere) from error
     return shell.model
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether a device had no room."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def fits_beside(runner: Any) -> bool:
