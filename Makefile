@@ -6,7 +6,7 @@ PACKAGES := schemas producer worker ops
 # A strict editable install links files one by one, so a file that comes or goes means installing again.
 FOLDERS := $(shell find $(PACKAGES) -type d -not -name __pycache__)
 
-.PHONY: setup demo test lint format types wheel tests bench-queue bench-saturation bench-recovery bench-scale chaos docs clean
+.PHONY: setup demo test lint format types wheel tests bench-queue bench-saturation bench-recovery bench-scale bench-policy chaos docs clean
 
 setup: $(VENV)/.ready
 
@@ -49,6 +49,9 @@ bench-saturation: setup
 
 bench-scale: setup
 	$(BIN)/python benchmarks/bench_scale.py
+
+bench-policy: setup
+	$(BIN)/python benchmarks/bench_policy.py
 
 chaos: setup
 	$(BIN)/python tests/chaos/run_storm.py

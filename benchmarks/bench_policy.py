@@ -9,8 +9,9 @@ processes have ended, then launched on the other checkpoint until the first toke
 turn, and the median of their ratios. Both have a warm JIT cache: one change before the first pair does not count.
 
 `hot_swap_seconds` and `hot_swap_stall_seconds`, on an engine of the main line under the same load: from the publication
-until the host said it serves the new weights, and the longest time without a result meanwhile. None where there is no
-such engine: name its Python in ROLLPOOL_BENCH_MAIN_PYTHON.
+until the host said it serves the new weights, and for how long the engine stood still for it by its own account. Beside
+it the longest time without a result around the change, and in as long a time without one: on busy cores those differ by
+little. None where there is no such engine: name its Python in ROLLPOOL_BENCH_MAIN_PYTHON.
 
 `pool_share`: tokens a second of four simulated hosts from the publication of a checkpoint until the last of them serves
 it, over those of the time before. They are real `rq worker` processes; a restart of their engines takes 10 s of
@@ -25,6 +26,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -51,7 +53,7 @@ from rollpool.schemas import Keys
 from rollpool.schemas.connection import connect
 from rollpool.schemas.control_log import ack_of, order_of
 from rollpool.schemas.result_entry import group_of
-from rollpool.worker.engines.process import LIFELINE_ENV, default_launcher, free_port
+from rollpool.worker.engines.process import LIFELINE_ENV, free_port
 
 #: `RUN` asks for samples of some length, `TOKENS` for single tokens: both at once, in equal shares.
 POOL, RUN, TOKENS = "policy", "bench", "tokens"
@@ -64,6 +66,9 @@ JOBS = 6000
 
 #: Seconds that load runs before a change, and results of the new policy that must come before it counts as over.
 STEADY_S, RESULTS_AFTER = 8.0, 40
+
+#: Seconds between two hot swaps.
+SWAP_STEADY_S = 8.0
 
 #: Seconds that a bare engine is given to end by SIGTERM; it took 4 to 13.
 TERM_S = 120.0
@@ -363,38 +368,58 @@ def main_python(default: Path) -> Path | None:
     return default if engine_line(default) == "main" else None
 
 
+@dataclass(frozen=True)
+class HotSwap:
+    """One change, seconds."""
+
+    #: From the publication until the host said that it serves it.
+    applied: float
+    #: For which the engine made no token, as it says.
+    stall: float
+    #: The longest without a result, from the publication until it was applied and there were results of it.
+    pause: float
+    #: The same of as long a time before.
+    pause_before: float
+
+
 def hot_swaps(directory: Path, python: Path, count: int) -> dict[str, Any]:
     """Change a saturated host's weights so many times; medians, in seconds."""
-    engine = cpu_engine(python, cache_dir(), "main") | {"launcher": str(default_launcher())}
-    seconds, stalls, usual = list[float](), list[float](), list[float]()
+    engine = cpu_engine(python, cache_dir(), "main")
+    swaps = list[HotSwap]()
     with contextlib.ExitStack() as stack:
         made = stack.enter_context(bench(directory, tiny_models(directory)))
         hosts = stack.enter_context(made.hosts(engine, "swap"))
         load = stack.enter_context(made.load(hosts, STEADY_S, *real_load(4 * JOBS)))
         for _ in range(count):
-            since = load.read()[-1].at
-            time.sleep(STEADY_S / 2)
-            version = made.publish(mode="resume")
-            asked = published_at(made.client)
-            until(lambda version=version: len(load.of(version)) >= RESULTS_AFTER, hosts, f"policy {version}")
-            ((applied, detail),) = applied_at(made.client, version).values()
-            assert "swapped" in detail, f"the engine was not changed while it served: {detail}"
-            times = [result.at for result in load.results if result.at > since]
-            seconds.append(applied - asked)
-            usual.append(longest_pause(times, since, asked))
-            stalls.append(longest_pause(times, asked, min(time_ for time_ in times if time_ > applied)))
-            console.print(
-                f"hot swap: applied after {seconds[-1]:.2f} s ({detail}), {stalls[-1]:.2f} s without a result; "
-                f"{usual[-1]:.2f} s before"
-            )
+            swaps.append(hot_swap(made, hosts, load))
+            console.print(f"hot swap: {swaps[-1]}")
     return {
-        "hot_swap_seconds": round(statistics.median(seconds), 3),
-        "hot_swap_stall_seconds": round(statistics.median(stalls), 3),
-        "hot_swaps": [round(value, 3) for value in seconds],
-        "hot_swap_stalls": [round(value, 3) for value in stalls],
-        #: The longest pause of as long a time without a change.
-        "pauses_without_swap": [round(value, 3) for value in usual],
+        "hot_swap_seconds": middle([swap.applied for swap in swaps]),
+        "hot_swap_stall_seconds": middle([swap.stall for swap in swaps]),
+        "hot_swap_pause_seconds": middle([swap.pause for swap in swaps]),
+        "pause_seconds_without": middle([swap.pause_before for swap in swaps]),
+        "hot_swaps": len(swaps),
     }
+
+
+def hot_swap(made: Bench, hosts: LocalHosts, load: Load) -> HotSwap:
+    """Publish the next checkpoint, and see that the engine changes to it while it serves."""
+    time.sleep(SWAP_STEADY_S)
+    version = made.publish(mode="resume")
+    asked = published_at(made.client)
+    until(lambda: len(load.of(version)) >= RESULTS_AFTER, hosts, f"results of policy {version}")
+    ((applied, detail),) = applied_at(made.client, version).values()
+    assert "swapped" in detail, f"the engine was not changed while it served: {detail}"
+    times = [result.at for result in load.results]
+    first = min(result.at for result in load.results if result.version == version)
+    said = re.search(rf"as version {version}: .* after (\S+) s", hosts.log("swap").read_text())
+    assert said is not None, "the worker's log does not tell for how long the engine stood still"
+    return HotSwap(
+        applied=applied - asked,
+        stall=float(said[1]),
+        pause=longest_pause(times, asked, max(applied, first)),
+        pause_before=longest_pause(times, asked - (max(applied, first) - asked), asked),
+    )
 
 
 def longest_pause(times: Sequence[float], begin: float, end: float) -> float:

@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from rollpool.producer.abandoned import settle_abandoned
 from rollpool.producer.lineages import Lineage, named, read_lineage, read_record, recorded
 from rollpool.producer.server import Server
-from rollpool.producer.waiting import live_workers as live_workers
 from rollpool.schemas import scripts
 from rollpool.schemas.commands import ChangeMode, ChangeWay, Command
 from rollpool.schemas.errors import PolicyRejected, RollpoolError, SettingsError

@@ -150,7 +150,11 @@ class Keys:
 
     @property
     def generations(self) -> str:
-        """Hash: the generation of each lineage that ever went back."""
+        """Hash: the generation of each lineage that ever went back.
+
+        And at LINEAGE@GENERATION what that left to settle, as `TARGET LAST MS`: jobs enqueued until MS with a tag after
+        TARGET, up to LAST. It goes when none of them is open.
+        """
         return self._key("generations")
 
     @property

@@ -15,6 +15,7 @@ from rollpool.worker.engines.protocol import (
     ChatRequest,
     Completion,
     EngineFacts,
+    EngineKilled,
     EngineLoad,
     LoraSupport,
     OnProgress,
@@ -261,6 +262,8 @@ class FakeOwner:
         self.engines: list[FakeEngine] = []
         #: Set to have every engine answer so.
         self.reply: Callable[[Request], Reply] | None = None
+        #: Engines that are killed as they start, from now on.
+        self.killings = 0
         #: Set to have `open` wait.
         self.gate: asyncio.Event | None = None
         self.open_now = 0
@@ -293,6 +296,9 @@ class FakeOwner:
         self.launched_adapters.append([adapter.name for adapter in adapters])
         if self.gate is not None:
             await self.gate.wait()
+        if self.killings:
+            self.killings -= 1
+            raise EngineKilled("SIGKILL")
         if reason := self.faults.get(checkpoint):
             raise EngineUnavailable(reason)
         assert self.open_now == 0, "two engines at once on one host"

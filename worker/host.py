@@ -21,7 +21,7 @@ from rollpool.schemas.connection import connect_async
 from rollpool.schemas.wire import check_msgpack
 from rollpool.worker.clock import ServerClock
 from rollpool.worker.credits import concurrency_target
-from rollpool.worker.engines.protocol import Engine, EngineOwner, LoraSupport
+from rollpool.worker.engines.protocol import Engine, EngineKilled, EngineOwner, LoraSupport
 from rollpool.worker.generator import Generator
 from rollpool.worker.heartbeat import Heartbeat, Neighbours
 from rollpool.worker.held import HeldJob
@@ -95,6 +95,8 @@ class Host:
         self._session: Session | None = None
         self._failures = self._deaths = self._restarts = 0
         self._samples_before = self._tokens_before = 0
+        #: Commands for policies on which an engine was killed as it started, by whomever: they are tried once more.
+        self._killed: set[str] = set()
         #: How engines of this host come to adapters, as the last one showed: nothing is known of the first.
         self._lora: tuple[LoraSupport, int] = ("runtime", 0)
         self._holdings = Holdings(
@@ -220,6 +222,7 @@ class Host:
         try:
             await self._follower.catch_up()
             background += [asyncio.create_task(part) for part in (self._follower.run(), self._duties.run())]
+            await self._turn.forget()
             await self._holdings.start()
             await self._until_stopped(background)
         finally:
@@ -291,8 +294,14 @@ class Host:
                 failed = setup
                 await self._could_not_start(orders, error.target if error.for_ever else None, str(error))
             except EngineUnavailable as error:
+                await self._owner.close()
+                suspect = self._suspect(setup)
+                if isinstance(error, EngineKilled) and suspect and suspect.command not in self._killed:
+                    log.warning("policy %d: %s; once more", suspect.policy.version, error)
+                    self._killed.add(suspect.command)
+                    continue
                 failed = setup
-                await self._could_not_start(orders, self._suspect(setup), str(error))
+                await self._could_not_start(orders, suspect, str(error))
             except RedisError as error:  # nothing is wrong with the policy
                 log.warning("policy %d: %s; trying again", setup.checkpoint.policy.version, error)
                 await self._owner.close()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollpool.schemas import EngineUnavailable, PolicyRejected, RollpoolError
-from rollpool.worker.engines.protocol import Adapter, Engine, EngineOwner
+from rollpool.worker.engines.protocol import Adapter, Engine, EngineKilled, EngineOwner
 from rollpool.worker.policy.choice import PolicyChoice
 from rollpool.worker.policy.offer import Offer
 from rollpool.worker.policy.orders import Target
@@ -108,10 +108,15 @@ class Opening:
         """
         staged = self._staged if self.has(setup) else None
         staged = staged or await self.stage(setup)
-        self._staged = None  # if the engine does not start on it, it may have changed
         offer = offer_of(setup)
         version = offer.weights.version
-        engine = await self._owner.open(staged.checkpoint, version=version, adapters=staged.adapters)
+        try:
+            engine = await self._owner.open(staged.checkpoint, version=version, adapters=staged.adapters)
+        except EngineKilled:  # that says nothing of what it was to serve
+            raise
+        except EngineUnavailable:
+            self._staged = None  # it may have changed
+            raise
         if not self._owner.controls_weights:
             offer = Offer(await self._choice.policy_of(engine.facts.model_path, self._owner.url))
         encoder = staged.encoder

@@ -305,7 +305,13 @@ class Puller:
         for held, error in refusals:
             self._settler.settle(held, self._dropped(held, "failed", error), dead=error)
         refused = {held for held, _ in refusals}
-        self._generator.submit(held for held in running if held not in refused)
+        left = [held for held in running if held not in refused]
+        # The offer may have changed while prompts were encoded, and an adapter be on its way out of the engine.
+        names = {policy.adapter_name for policy in self._offer.loaded}
+        gone = {held for held in left if held.adapter is not None and held.adapter not in names}
+        for held in gone:
+            self._settler.give_back(held)
+        self._generator.submit(held for held in left if held not in gone)
 
     async def _encoded(self, running: Sequence[HeldJob]) -> list[tuple[HeldJob, str]]:
         if any(needs_thread(held.job) for held in running):

@@ -16,7 +16,8 @@ from rollpool.ops.local.hosts import LocalHosts, cpu_engine
 from rollpool.ops.local.server import LocalServer
 from rollpool.ops.local.tiny_model import make_tiny_model
 from rollpool.producer import PolicyRejected, RolloutPool
-from rollpool.schemas import PoolTimeout
+from rollpool.schemas import Keys, PoolTimeout
+from rollpool.schemas.connection import connect
 from rollpool.worker.engines.dialects import pick_dialect
 from rollpool.worker.engines.preflight import probe
 from rollpool.worker.engines.settings import EngineSettings
@@ -68,6 +69,8 @@ def run_local(*, workers: int, model: Path | None, url: str | None, pool: str) -
             hosts.start(f"local-{number + 1}")
         with console.status(f"starting {workers} hosts (logs in {cache / 'local' / pool})"):
             wait_until_served(trainer, hosts, version)
+        with connect(server_url) as client:  # any run may publish next: this one only wanted hosts to serve something
+            client.delete(Keys(pool).publisher)
         console.print(
             f"serving policy {version} of pool {pool!r} with {workers} hosts. In another terminal:\n"
             f"  export ROLLPOOL_URL={server_url} ROLLPOOL_POOL={pool}\n"

@@ -455,3 +455,41 @@ async def test_cancelled_jobs_leave_the_engine_and_the_host_says_so(stage: Stage
     await answered(stage, "applied", kind="cancel")
     assert not host.busy
     await stage.settled("b", "cancelled", "cancelled")
+
+
+async def test_an_engine_that_was_killed_as_it_started_says_nothing_of_its_policy(stage: Stage) -> None:
+    owner = FakeOwner()
+    host = await stage.host(owner)
+    owner.killings = 1
+    await publish(stage, 1)
+    await answered(stage, "applied", version=1)
+    assert owner.launches == [checkpoint(0), checkpoint(1), checkpoint(1)]
+    owner.killings = 2
+    await publish(stage, 2)
+    await answered(stage, "failed", version=2)
+    await until(lambda: host.status().state == "serving" and host.status().policy == 1)
+
+
+async def test_a_host_that_goes_back_pulls_nothing_more_while_it_waits_for_its_turn(stage: Stage) -> None:
+    owner = FakeOwner(holding=True)
+    await stage.host(owner)
+    for version in (1, 2):
+        await publish(stage, version)
+        await stage.pool.wait_for_policy(version, timeout=10.0)
+    await stage.server.zadd(stage.keys.rollout, {"another": 9e15})
+    await stage.pool.rollback_policy(1)
+    await until(lambda: owner.staged.count(checkpoint(1)) > 1)
+    await stage.enqueue(1, batch_id="b", policy_version=1)
+    await asyncio.sleep(0.3)
+    assert not owner.engine.open
+    await stage.server.zrem(stage.keys.rollout, "another")
+    await until(lambda: len(owner.engine.open) == 1)
+    assert owner.launches[-1] == checkpoint(1)
+    answer_all(owner)
+    await stage.settled("b", "ok")
+
+
+async def test_a_restarted_worker_frees_the_turn_it_had(stage: Stage) -> None:
+    await stage.server.zadd(stage.keys.rollout, {"w": 9e15})
+    await stage.host(FakeOwner())
+    assert not await stage.server.exists(stage.keys.rollout)

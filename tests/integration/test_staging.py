@@ -68,6 +68,8 @@ class Store:
         headers = {"Content-Length": str(len(content)), "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
         response = web.StreamResponse(headers=headers)
         await response.prepare(request)
+        if request.method == "HEAD":
+            return response
         half = len(content) // 2
         await response.write(content[:half])
         if self.breaks[name]:
@@ -393,6 +395,15 @@ async def test_a_local_source_is_verified_where_it_is(store: Store, stage: Stage
     file.unlink()
     with pytest.raises(PolicyRejected, match=r"not whole: model-00001-of-00002\.safetensors"):
         await stage.fetch(local, nothing)
+
+
+async def test_where_only_sizes_were_published_they_count(store: Store, stage: Stage) -> None:
+    remote = store.publish(digests=False)
+    config = store.directory / "13" / "config.json"
+    config.write_bytes(config.read_bytes()[:-1])
+    for source in (str(store.directory / "13"), f"{store.url}/13"):
+        with pytest.raises(PolicyRejected, match=r"config.json .* it has \d+ bytes, \d+ were published"):
+            await stage.fetch(remote.model_copy(update={"checkpoint": source}), nothing)
 
 
 async def test_a_local_source_of_which_nothing_was_published_is_looked_at(stage: Stage, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_equal_seeds_give_equal_adapters_and_others_are_refused(adapter: Path, t
     for file in adapter.iterdir():
         assert (again / file.name).read_bytes() == file.read_bytes()
     assert make_tiny_adapter(adapter, seed=0) == adapter
-    with pytest.raises(FileExistsError, match="already holds a tiny adapter of .*'seed': 0"):
+    with pytest.raises(FileExistsError, match=r"already holds a tiny adapter of .*'seed': 0"):
         make_tiny_adapter(adapter, seed=1)
     with pytest.raises(FileExistsError, match="not a tiny adapter"):
         make_tiny_adapter(adapter.parent, seed=1)

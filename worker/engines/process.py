@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import time
 import zlib
@@ -27,7 +28,7 @@ from rollpool.worker.engines.http_engine import HttpEngine
 from rollpool.worker.engines.listener import listener_of
 from rollpool.worker.engines.preflight import engine_environment, probe
 from rollpool.worker.engines.progress import ProgressWatch
-from rollpool.worker.engines.protocol import Adapter, EngineUnavailable
+from rollpool.worker.engines.protocol import Adapter, EngineKilled, EngineUnavailable
 from rollpool.worker.engines.settings import EngineSettings
 
 #: Names the descriptor of the pipe whose end ends the engine; read by the launch scripts.
@@ -210,7 +211,8 @@ class EngineProcess:
         try:
             await asyncio.wait({attaching, exiting}, return_when=asyncio.FIRST_COMPLETED)
             if not attaching.done():
-                raise EngineUnavailable(self._death_note())
+                killed = process.returncode == -signal.SIGKILL
+                raise (EngineKilled if killed else EngineUnavailable)(self._death_note())
             engine = await self._with_last_words(attaching)
             # The server of another process on the same port would answer in place of ours, while ours still
             # loads.

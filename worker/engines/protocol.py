@@ -25,6 +25,7 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineFacts",
+    "EngineKilled",
     "EngineLoad",
     "EngineOwner",
     "EngineUnavailable",
@@ -58,6 +59,10 @@ class WeightsRefused(RollpoolError):  # noqa: N818 - the words of the design
     def __init__(self, message: str, *, restart_may_help: bool = False) -> None:
         super().__init__(message)
         self.restart_may_help = restart_may_help
+
+
+class EngineKilled(EngineUnavailable):
+    """The engine was ended by SIGKILL while it started: by its own hand or by somebody's, which nothing tells apart."""
 
 
 class RequestRefused(RollpoolError, ValueError):  # noqa: N818 - the words of the design

@@ -81,8 +81,10 @@ class Changes:
     async def until_restart(self, session: Session) -> Setup:
         """Keep the engine at what is wanted; return what it has to be started anew for, with the turn taken."""
         while True:
-            orders = self.choice.orders
-            match self._step(session):
+            orders, step = self.choice.orders, self._step(session)
+            # What is abandoned makes no more tokens, however long the turn to leave it takes.
+            session.holding_back = _leads_back(session.setup, step)
+            match step:
                 case None if not await self._made_room(session):
                     await self._something_new(orders, session)
                 case Relabel() as relabel:
@@ -157,7 +159,8 @@ class Changes:
         staged = await self._staged(setup)
         if staged is None:
             return None
-        await self.turn.take(setup.checkpoint.min_serving)
+        # A swap takes nobody away: it goes in turn only so that one that fails is tried on no other host.
+        await self.turn.take(None if isinstance(step, Swap) else setup.checkpoint.min_serving)
         # Waiting takes as long as the changes of the others: by now it may be another, or have failed there.
         if self._step(session) == step and not await self._failed_before(session, setup):
             return staged
@@ -324,6 +327,16 @@ def goes_back(serving: Setup, setup: Setup) -> bool:
         target.policy.generation > generations.get(target.policy.lineage, target.policy.generation)
         for target in setup.targets
     )
+
+
+def _leads_back(serving: Setup, step: Step | None) -> bool:
+    match step:
+        case Swap(target=target):
+            return goes_back(serving, Setup(target))
+        case Restart(setup=setup):
+            return goes_back(serving, setup)
+        case _:
+            return False
 
 
 def _must_leave(held: HeldJob) -> bool:

@@ -68,6 +68,11 @@ class ChangeTurn:
         finally:
             self.waiting_for = ""
 
+    async def forget(self) -> None:
+        """Free the turn that a predecessor of this name may have had when it was killed."""
+        with contextlib.suppress(RedisError):
+            await release_turn(self._client, self._keys, self._worker)
+
     async def release(self) -> None:
         """Free the turn, whether it was got or not; harmless to repeat."""
         if self._renewal is None:
