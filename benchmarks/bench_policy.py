@@ -2,9 +2,8 @@
 
 `restart_ratio`: a host with a real engine works at a backlog that keeps it saturated, its trainer publishes the next
 checkpoint (mode `requeue`, by restart), and the seconds count from its last result of the old policy to its first of
-the new one. Half of the samples are of one token, so that results tell when there are tokens, and what they cannot
-tell counts against rollpool; the other half keep the engine decoding. Against it stands the engine's own restart: the
-very same command, taken from the host's engine, with nothing else running; SIGTERM to the idle engine until its
+the new one. Samples end by chance, at any token, so that with sixteen running results tell when there are tokens; what
+they cannot tell counts against rollpool. Against it stands the engine's own restart: the very same command, taken from the host's engine, with nothing else running; SIGTERM to the idle engine until its
 processes have ended, then launched on the other checkpoint until the first token of a `/generate` is there. The two in
 turn, and the median of their ratios. Both have a warm JIT cache: one change before the first pair does not count.
 
@@ -55,13 +54,12 @@ from rollpool.schemas.control_log import ack_of, order_of
 from rollpool.schemas.result_entry import group_of
 from rollpool.worker.engines.process import LIFELINE_ENV, free_port
 
-#: `RUN` asks for samples of some length, `TOKENS` for single tokens: both at once, in equal shares.
-POOL, RUN, TOKENS = "policy", "bench", "tokens"
+POOL, RUN = "policy", "bench"
 MAIN_PYTHON_ENV = "ROLLPOOL_BENCH_MAIN_PYTHON"
 
-#: Tokens of a sample of some length, on real engines.
-LENGTH = 32
-#: Jobs of each run's backlog for a real host: more than it makes while it is measured.
+#: How real engines are asked for samples: one token in sixteen ends one.
+BY_CHANCE = SamplingParams(max_new_tokens=64, stop_token_ids=tuple(range(0, 512, 16)))
+#: Jobs of a backlog for a real host: more than it makes while it is measured.
 JOBS = 6000
 
 #: Seconds that load runs before a change, and results of the new policy that must come before it counts as over.
@@ -94,34 +92,27 @@ class Result:
 
 
 class Load:
-    """Backlogs that keep hosts saturated, and the results that came of them."""
+    """A backlog that keeps hosts saturated, and the results that came of it."""
 
-    def __init__(self, client: Redis) -> None:
-        self._client = client
-        self._backlogs: list[tuple[str, Batch, str]] = []
-        self.results: list[Result] = []
-
-    def add(self, pool: RolloutPool, jobs: int, n: int, sampling: SamplingParams) -> None:
-        """Enqueue so many prompts, all different, that any policy may run."""
+    def __init__(self, pool: RolloutPool, client: Redis, jobs: int, n: int, sampling: SamplingParams) -> None:
         ids = [[3 + index % 400, 3 + index // 400 % 400, 7] for index in range(jobs)]
-        self._backlogs.append((pool.run, pool.enqueue_prompts(ids, policy_version=0, n=n, sampling=sampling), "-"))
+        # Any policy may run it.
+        self._batch = pool.enqueue_prompts(ids, policy_version=0, n=n, sampling=sampling)
+        self._client = client
+        self._seen = "-"
+        self.results: list[Result] = []
 
     def read(self) -> list[Result]:
         """All results so far, in their order."""
-        self._backlogs = [(run, batch, self._read(run, batch, seen)) for run, batch, seen in self._backlogs]
-        self.results.sort(key=lambda result: result.at)
-        return self.results
-
-    def _read(self, run: str, batch: Batch, seen: str) -> str:
-        entries: Any = self._client.xrange(Keys(POOL).results(run, batch.id), seen, "+")
+        entries: Any = self._client.xrange(Keys(POOL).results(RUN, self._batch.id), self._seen, "+")
         for entry, fields in entries:
-            group = group_of(run, batch.id, fields)
+            group = group_of(RUN, self._batch.id, fields)
             assert group.outcome == "ok", f"{group.id}: {group.outcome}, {group.error}"
-            assert group.index < len(batch) - 1, "the backlog ran out, so nothing was saturated"
             version = max(version for sample in group.samples for version in sample.versions)
             self.results.append(Result(seconds_of(entry), group.tokens, version))
-            seen = f"({entry.decode()}"
-        return seen
+            self._seen = f"({entry.decode()}"
+        assert len(self.results) < len(self._batch), "the backlog ran out, so nothing was saturated"
+        return self.results
 
     def of(self, version: int) -> list[Result]:
         """Results that this policy made, or finished."""
@@ -132,9 +123,8 @@ class Load:
         return sum(result.tokens for result in self.results if begin < result.at <= end) / (end - begin)
 
     def end(self) -> None:
-        """Take the rest of the backlogs away."""
-        for _, batch, _ in self._backlogs:
-            batch.cancel()
+        """Take the rest of the backlog away."""
+        self._batch.cancel()
 
 
 def seconds_of(entry: bytes) -> float:
@@ -197,17 +187,16 @@ class Bench:
             yield hosts
 
     @contextlib.contextmanager
-    def load(self, hosts: LocalHosts, steady_s: float, *asked: tuple[str, int, int, SamplingParams]) -> Iterator[Load]:
-        """Load that has run for a while: of each run, jobs, samples of each, and how they are sampled."""
-        load = Load(self.client)
-        with contextlib.ExitStack() as stack:
-            for run, jobs, n, sampling in asked:
-                load.add(stack.enter_context(RolloutPool(self.url, pool=POOL, run=run)), jobs, n, sampling)
-            until(lambda: len(load.read()) >= RESULTS_AFTER, hosts, "the first results")
-            time.sleep(steady_s)
-            load.read()
-            yield load
-            load.end()
+    def load(
+        self, hosts: LocalHosts, steady_s: float, *, jobs: int = JOBS, n: int = 1, sampling: SamplingParams = BY_CHANCE
+    ) -> Iterator[Load]:
+        """Load that has run for a while."""
+        load = Load(self.pool, self.client, jobs, n, sampling)
+        until(lambda: len(load.read()) >= RESULTS_AFTER, hosts, "the first results")
+        time.sleep(steady_s)
+        load.read()
+        yield load
+        load.end()
 
 
 @contextlib.contextmanager
@@ -227,14 +216,6 @@ def bench(directory: Path, make_checkpoint: Callable[[int], Path]) -> Iterator[B
 def tiny_models(directory: Path) -> Callable[[int], Path]:
     """Makes a checkpoint of each version's own."""
     return lambda version: make_tiny_model(directory / f"tiny-{version}", seed=version)
-
-
-def real_load(jobs: int = JOBS) -> list[tuple[str, int, int, SamplingParams]]:
-    """Of a real host whose tokens are to be seen."""
-    return [
-        (run, jobs, 1, SamplingParams(max_new_tokens=length, ignore_eos=True))
-        for run, length in ((RUN, LENGTH), (TOKENS, 1))
-    ]
 
 
 # The restart.
@@ -260,7 +241,7 @@ class Pair:
 
 def changed_by_restart(made: Bench, hosts: LocalHosts) -> tuple[float, str]:
     """Seconds without a result of a saturated host that changes to the next checkpoint."""
-    with made.load(hosts, STEADY_S, *real_load()) as load:
+    with made.load(hosts, STEADY_S) as load:
         version = made.publish(mode="requeue", way="restart")
         until(lambda: len(load.of(version)) >= RESULTS_AFTER, hosts, f"results of policy {version}")
         last = max(result.at for result in load.results if result.version < version)
@@ -389,7 +370,7 @@ def hot_swaps(directory: Path, python: Path, count: int) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         made = stack.enter_context(bench(directory, tiny_models(directory)))
         hosts = stack.enter_context(made.hosts(engine, "swap"))
-        load = stack.enter_context(made.load(hosts, STEADY_S, *real_load(4 * JOBS)))
+        load = stack.enter_context(made.load(hosts, STEADY_S, jobs=4 * JOBS))
         for _ in range(count):
             swaps.append(hot_swap(made, hosts, load))
             console.print(f"hot swap: {swaps[-1]}")
@@ -431,11 +412,9 @@ def longest_pause(times: Sequence[float], begin: float, end: float) -> float:
 # The pool meanwhile.
 
 
-def share_of(
-    made: Bench, engine: dict[str, Any], names: Sequence[str], jobs: int, n: int, sampling: SamplingParams
-) -> dict[str, Any]:
+def share_of(made: Bench, engine: dict[str, Any], names: Sequence[str], **load_of: Any) -> dict[str, Any]:
     """What a pool makes while it moves to the next checkpoint, over what it made before."""
-    with made.hosts(engine, *names) as hosts, made.load(hosts, SHARE_STEADY_S, (RUN, jobs, n, sampling)) as load:
+    with made.hosts(engine, *names) as hosts, made.load(hosts, SHARE_STEADY_S, **load_of) as load:
         version = made.publish(way="restart")
         asked = published_at(made.client)
         until(lambda: len(applied_at(made.client, version)) == len(names), hosts, f"policy {version} on all")
@@ -459,15 +438,14 @@ def simulated_share(directory: Path) -> dict[str, Any]:
     engine = sim_engine(max_running_requests=16, step_ms=20.0, median_tokens=32, start_s=SIM_START_S)
     names = [f"sim-{number}" for number in range(1, SIM_HOSTS + 1)]
     with bench(directory, lambda version: make_sim_model(directory / f"sim-{version}", signature=version)) as made:
-        return share_of(made, engine, names, 12_000, 2, SamplingParams(max_new_tokens=128))
+        return share_of(made, engine, names, jobs=12_000, n=2, sampling=SamplingParams(max_new_tokens=128))
 
 
 def real_share(directory: Path, python: Path) -> dict[str, Any]:
     """Of two real engines on the cores that there are."""
     engine = cpu_engine(python, cache_dir(), engine_line(python))
     with bench(directory, tiny_models(directory)) as made:
-        sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
-        return share_of(made, engine, ["real-1", "real-2"], JOBS, 1, sampling)
+        return share_of(made, engine, ["real-1", "real-2"])
 
 
 def middle(values: Sequence[float]) -> float:

@@ -1,5 +1,7 @@
 """A sample that is made in pieces has every token once, with the version that made it, and never too many."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from fakes import completion, job, sample
@@ -92,7 +94,7 @@ def test_what_an_engine_does_not_take_as_a_prompt_is_made_again() -> None:
         ({"sampling": SamplingParams(stop_token_ids=(7,))}, True),
     ],
 )
-def test_only_what_an_engine_would_go_on_with_alike_is_gone_on_with(fields: dict[str, object], possible: bool) -> None:
+def test_only_what_an_engine_would_go_on_with_alike_is_gone_on_with(fields: dict[str, Any], possible: bool) -> None:
     assert can_go_on(job(**fields)) == possible
 
 
