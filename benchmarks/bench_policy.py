@@ -3,9 +3,10 @@
 `restart_ratio`: a host with a real engine works at a backlog that keeps it saturated, its trainer publishes the next
 checkpoint (mode `requeue`, by restart), and the seconds count from its last result of the old policy to its first of
 the new one. Samples end by chance, at any token, so that with sixteen running results tell when there are tokens; what
-they cannot tell counts against rollpool. Against it stands the engine's own restart: the very same command, taken from the host's engine, with nothing else running; SIGTERM to the idle engine until its
-processes have ended, then launched on the other checkpoint until the first token of a `/generate` is there. The two in
-turn, and the median of their ratios. Both have a warm JIT cache: one change before the first pair does not count.
+they cannot tell counts against rollpool. Against it stands the engine's own restart: the very same command, taken from
+the host's engine, with nothing else running; SIGTERM to the idle engine until its processes have ended, then launched
+on the other checkpoint until the first token of a `/generate` is there. The two in turn, and the median of their
+ratios. Both have a warm JIT cache: one change before the first pair does not count.
 
 `hot_swap_seconds` and `hot_swap_stall_seconds`, on an engine of the main line under the same load: from the publication
 until the host said it serves the new weights, and for how long the engine stood still for it by its own account. Beside
@@ -26,6 +27,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import statistics
 import tempfile
 import time
@@ -47,7 +49,7 @@ from rollpool.ops.local.run import START_S, cache_dir, engine_line, wait_until_s
 from rollpool.ops.local.server import LocalServer
 from rollpool.ops.local.tiny_model import make_tiny_model
 from rollpool.ops.sim import make_sim_model, sim_engine
-from rollpool.producer import Batch, RolloutPool, SamplingParams
+from rollpool.producer import RolloutPool, SamplingParams
 from rollpool.schemas import Keys
 from rollpool.schemas.connection import connect
 from rollpool.schemas.control_log import ack_of, order_of
@@ -277,7 +279,8 @@ class BareEngine:
             took = time.monotonic() - begin
             yield lambda: self._terminated(process.pid), took
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def _first_token(self, ended: Callable[[], int | None]) -> None:
@@ -344,7 +347,8 @@ def restart_pairs(directory: Path, python: Path, pairs: int) -> list[Pair]:
 
 def main_python(default: Path) -> Path | None:
     """The Python of an engine that can change its weights while it serves, where there is one."""
-    if named := os.environ.get(MAIN_PYTHON_ENV):
+    # Taken away: hosts refuse settings that they do not know.
+    if named := os.environ.pop(MAIN_PYTHON_ENV, None):
         return Path(named)
     return default if engine_line(default) == "main" else None
 

@@ -56,7 +56,7 @@ _NAP_S = 0.002
 Staged = weights.StagedOnDevice | weights.StagedByLeaf
 
 
-class NothingServes(BaseException):
+class NothingServes(Exception):  # noqa: N818 - what is said is what is
     """The old weights could not be put back: an engine that ends is better than one that serves a mixture."""
 
 
@@ -201,7 +201,7 @@ class SchedulerSide:
             staged.put()
             if not boundary.probe(self._scheduler):
                 raise Refused(f"{order.model_path} gives logits that are not finite")
-        except BaseException as error:
+        except Exception as error:
             self._put_back(staged)
             reply = _failure(order.number, error)
         else:
@@ -221,7 +221,7 @@ class SchedulerSide:
             staged.put_back()
             # Once more: numbers that are not finite, left in the cache, would spoil what is read beside them.
             boundary.probe(self._scheduler)
-        except BaseException as error:
+        except Exception as error:
             raise NothingServes("the old weights cannot be put back") from error
 
     def _load_adapter(self, order: LoadAdapter) -> Reply | None:
@@ -279,7 +279,7 @@ def _safely(number: int, work: Callable[[], Reply | None]) -> Reply | None:
         return work()
     except NothingServes:
         raise
-    except BaseException as error:
+    except Exception as error:
         return _failure(number, error)
 
 
