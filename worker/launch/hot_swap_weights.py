@@ -340,7 +340,7 @@ def stream(runner: Any, config: Any, take: Callable[[Name, jax.Array], None]) ->
 
 def install_streaming(weight_utils: Any) -> None:
     """Let the engine's loader hand over tensors one by one, in threads that ask for it."""
-    loader, all_at_once, bar = weight_utils.WeightLoader, None, weight_utils.tqdm
+    loader, bar = weight_utils.WeightLoader, weight_utils.tqdm
     all_at_once = loader.load_weights_from_safetensors
 
     def one_by_one(self: Any, weight_mappings: Any, safetensors_partition: int = 1, dummy: bool = False) -> None:
