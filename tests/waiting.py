@@ -25,9 +25,9 @@ async def until(condition: Callable[[], object | Awaitable[object]], what: str =
         await asyncio.sleep(_LOOK)
 
 
-def until_blocking(condition: Callable[[], object], what: str) -> None:
+def until_blocking(condition: Callable[[], object], what: str, *, within_s: float = LONG) -> None:
     """The same without a loop."""
-    end = time.monotonic() + LONG
+    end = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < end, f"not within {LONG:.0f} s: {what}"
+        assert time.monotonic() < end, f"not within {within_s:.0f} s: {what}"
         time.sleep(_LOOK)

@@ -43,6 +43,9 @@ POOL, RUN = "changes", "trainer"
 #: Seconds that a turn is kept by a host that died in its change; real ones have thirty.
 TURN_S = 2.5
 
+#: Seconds until a wait of a scene fails: a dozen processes that are killed and started share two cores.
+PATIENCE_S = 150.0
+
 #: Jobs that are open all the time: the hosts have their hands full.
 OPEN = 28
 
@@ -305,7 +308,7 @@ class Scene:
     def until(self, condition: Callable[[], object], what: str) -> None:
         """Wait; a failure tells what the hosts say."""
         try:
-            until_blocking(condition, what)
+            until_blocking(condition, what, within_s=PATIENCE_S)
         except AssertionError as error:
             said = "\n".join(map(str, self.statuses().values()))
             said += "".join(f"\n{run}: {load.broken!r} {load.troubles[-3:]}" for run, load in self.loads.items())

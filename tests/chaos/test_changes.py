@@ -157,7 +157,7 @@ def test_a_roll_out_by_restart_survives_kills_at_each_of_its_steps(restarting: S
     scene.until_all_serve(version)
     assert not scene.acks(version, "failed")
     outcomes = done(scene)
-    assert outcomes["ok"] > 50
+    assert outcomes["ok"] > 10
 
 
 def test_what_cannot_be_served_stops_at_the_first_host_and_the_next_policy_goes_through(restarting: Scene) -> None:
@@ -404,7 +404,7 @@ def test_adapters_of_two_runs_on_hosts_of_all_kinds_make_the_tokens_that_are_sai
     scene.until_adapters("ra:3 rb:4", beside)
     scene.until_adapters("rb:4", ["a-none"])
     outcomes = scene.check()
-    assert outcomes["ok"] > 50
+    assert outcomes["ok"] > 10
     made = scene.versions_made()
     assert made["ra"] >= {2, 3}
     assert made["rb"] >= {2, 4}
