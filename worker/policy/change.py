@@ -226,7 +226,8 @@ class Changes:
         mode = self.mode_of(session, setup)
         loaded, session.leaving = session.loaded, ()
         session.serve(Offer(session.policy))
-        session.holding_back = mode != "resume"
+        # Jobs of adapters that leave would be pulled again at once, for the checkpoint that leaves too.
+        session.holding_back = mode != "resume" or bool(loaded)
         if mode == "drain":
             await first_of(session.generator.drain(), timeout=self.drain_s)
         leaving = session.generator.abandon(which=None if mode == "requeue" else _must_leave)
