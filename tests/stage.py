@@ -34,6 +34,7 @@ RUN = "r"
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same host with shorter waits."""
     monkeypatch.setattr(puller, "BLOCK_MS", 50)
+    monkeypatch.setattr(puller, "LEAVE_S", 0.1)
     monkeypatch.setattr(puller, "LOOK_AGAIN_S", 0.02)
     monkeypatch.setattr(follow, "BLOCK_MS", 50)
     monkeypatch.setattr(follow, "RETRY_S", 0.05)

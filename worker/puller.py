@@ -15,7 +15,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from rollpool.schemas import GROUP, Group, Keys, Outcome, SamplingParams
 from rollpool.schemas.connection import runs_of
-from rollpool.schemas.scripts import Entry, delayed, exact, parked, pull, renew_async
+from rollpool.schemas.scripts import Entry, exact, parked, pull, renew_async
 from rollpool.worker.clock import ServerClock
 from rollpool.worker.credits import MeanN, jobs_wanted
 from rollpool.worker.generator import Generator
@@ -31,6 +31,11 @@ log = logging.getLogger(__name__)
 
 #: Milliseconds an idle host blocks on the streams before it looks for new runs, parked and delayed jobs.
 BLOCK_MS = 1000
+
+#: Seconds for which a host leaves what it lost twice to the others, before it looks again whether there are any: each of
+#: them looks once meanwhile, wherever it is in its block. A time to wait, in the place of this, was in step with the
+#: looks of the same host: it met the job again and again, ahead of the others.
+LEAVE_S = 2 * BLOCK_MS / 1000
 
 #: Seconds between looks when the pool has no run yet, or the server is out of reach.
 LOOK_AGAIN_S = 0.25
@@ -84,6 +89,7 @@ class Puller:
         self._runs: list[str] = []
         self._runs_at = -math.inf
         self._stopping = False
+        self._leaves_until = -math.inf
         self._changed = asyncio.Event()
         #: True while jobs wait that this host could run, as far as the last pull showed.
         self.backlog = False
@@ -131,6 +137,7 @@ class Puller:
             consumer=self._consumer,
             wanted=wanted,
             unread_bound=self._unread_bound,
+            leave=self._worker if self._clock() < self._leaves_until else "",
         )
         entries = pulled.entries
         self._show_backlog(len(entries) >= wanted)
@@ -240,7 +247,8 @@ class Puller:
             case Park(version=version):
                 self._settler.give_back(held, parked(version))
             case Avoid():
-                self._settler.give_back(held, delayed(self._server_clock.now_ms() + BLOCK_MS))
+                self._settler.give_back(held)
+                self._leaves_until = self._clock() + LEAVE_S
             case Expire() | Fail() if held.enough:
                 await self._settle_with_what_is_there(held)
             case Expire():

@@ -1,12 +1,12 @@
 -- Pull jobs for one host: lane by lane, in a lane run by run as their weights say, and of each run first what waited.
--- KEYS[1] runs; ARGV: consumer, jobs wanted, bytes of unread results over which a run gets no more made (0: no bound); then
---   two a run: its name, and what this host serves to it, as NEWEST:VERSION,VERSION. Jobs that were parked for a version up
+-- KEYS[1] runs; ARGV: consumer, jobs wanted, bytes of unread results over which a run gets no more made (0: no bound), a
+--   worker whose jobs are left to others, those that it lost more than once ('': none are left); then two a run: its name, and what this host serves to it, as NEWEST:VERSION,VERSION. Jobs that were parked for a version up
 --   to the newest come back to their lanes, and exact ones of each of these versions.
 -- Within a lane the run with the least virtual time goes first (start-time fair queuing); n samples of a run move its time
 -- on by n / weight. Entries whose job is settled already are discarded here.
 -- Returns a list of {stream, entry id, {field, value, ...}}; the names of the runs that are over that bound; and 1 when it
 -- stopped for having discarded so much.
-local consumer, wanted, bound = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local consumer, wanted, bound, leave = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 -- Entries of settled jobs that one call clears away, about: some 30 ms where it reads them one by one. A batch that was
 -- cancelled may have far more.
 local MOST_DISCARDED = 4000
@@ -40,14 +40,21 @@ local function samples_of(fields)
   return numbers[n]
 end
 
+local function is_left(fields)
+  return leave ~= '' and field(fields, 'avoid') == leave and count_of(fields, 'losses') > 1
+end
+
 -- Take names from the list of one lane, to `retries`. Returns jobs and samples.
 local function take_waiting(run, lane, count)
-  local list, kept, samples = key('ready', run, lane), 0, 0
+  local list, kept, samples, left = key('ready', run, lane), 0, 0, {}
   while kept < count and discarded < MOST_DISCARDED do
     local name = try('LPOP', list)
     if not name then break end
     local fields = fields_of(name)
-    if fields then
+    if fields and is_left(fields) then
+      left[#left + 1] = name
+      redis.call('HSET', waiting, name, cmsgpack.pack(fields))
+    elseif fields then
       local id = write('XADD', retries, '*', unpack(fields))
       moved[#moved + 1] = id
       found[#found + 1] = {retries, id, fields}
@@ -56,6 +63,8 @@ local function take_waiting(run, lane, count)
       discarded = discarded + 1
     end
   end
+  -- In their order, before all others.
+  for at = #left, 1, -1 do redis.call('LPUSH', list, left[at]) end
   return kept, samples
 end
 
@@ -153,7 +162,7 @@ end
 -- The runs to look at. `drained` counts the lanes in which a run had nothing more; one that is over the bound has nothing.
 local function active_runs()
   local active = {}
-  for at = 4, #ARGV, 2 do
+  for at = 5, #ARGV, 2 do
     local facts = try('HMGET', key('runs', ARGV[at]), 'open', 'unread', 'weight', 'pass') or {}
     local run, pass = {name = ARGV[at], offer = ARGV[at + 1], drained = 0}, number(facts[4], 0, 1e300, fair)
     run.weight, run.pass, run.pass_before = number(facts[3], 1e-6, 1e6, 1), pass, pass

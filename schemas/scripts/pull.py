@@ -45,6 +45,7 @@ async def pull(
     consumer: str,
     wanted: int,
     unread_bound: int = 0,
+    leave: str = "",
 ) -> Pulled:
     """Take up to `wanted` jobs for a host.
 
@@ -55,8 +56,9 @@ async def pull(
         consumer: who takes them.
         wanted: jobs at most.
         unread_bound: bytes of unread results over which a run gets no more made; 0: no bound.
+        leave: the worker whose jobs are left where they wait, those that it lost more than once; empty: none are.
     """
-    args: list[Arg] = [consumer, wanted, unread_bound]
+    args: list[Arg] = [consumer, wanted, unread_bound, leave]
     args += [part for offer in offers if offer.newest is not None for part in (offer.run, offer.text())]
     entries, full, stopped = await _SCRIPT(client, keys, args)
     while stopped and not entries:  # it met so many settled jobs that it let others have a turn first

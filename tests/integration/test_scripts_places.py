@@ -20,6 +20,7 @@ from rollpool.schemas.scripts import (
     expire_async,
     give_back,
     parked,
+    pull,
 )
 from rollpool.schemas.scripts.finish import AT_ONCE, EXPIRE_CALLS
 
@@ -268,6 +269,29 @@ async def test_what_waited_goes_before_the_backlog_of_its_lane(pool: Pool, place
     await pool.put(1, batch="urgent", lane="high")
     assert jobs_of(await pool.take()) == ["urgent/0", "waited/0", "backlog/0", "backlog/1"]
     await pool.check("waited", "backlog", "urgent")
+
+
+async def test_what_a_worker_lost_twice_is_left_to_the_others_in_its_place(pool: Pool) -> None:
+    await pool.put(4)
+    records = [Record(losses=2, avoid="a"), Record(losses=1, avoid="a"), Record(losses=2, avoid="b"), Record()]
+    for entry, record in zip(await pool.take(4), records, strict=True):
+        assert await pool.give_back(entry, record=record)
+    offers = [RunOffer(RUN, 5, (5,))]
+    mine = await pull(pool.client, pool.keys, offers=offers, consumer="a:1", wanted=2, leave="a")
+    assert jobs_of(mine.entries) == ["b/1", "b/2"]
+    theirs = await pull(pool.client, pool.keys, offers=offers, consumer="b:1", wanted=1, leave="b")
+    assert jobs_of(theirs.entries) == ["b/0"], "it went first, and kept its place"
+    rest = await pull(pool.client, pool.keys, offers=offers, consumer="a:1", wanted=9)
+    assert jobs_of(rest.entries) == ["b/3"]
+
+
+async def test_a_worker_that_leaves_nothing_to_others_gets_what_it_lost(pool: Pool) -> None:
+    await pool.put(1)
+    [entry] = await pool.take()
+    await pool.give_back(entry, record=Record(losses=5, avoid="a"))
+    offers = [RunOffer(RUN, 5, (5,))]
+    assert not (await pull(pool.client, pool.keys, offers=offers, consumer="a:1", wanted=9, leave="a")).entries
+    assert jobs_of((await pull(pool.client, pool.keys, offers=offers, consumer="a:1", wanted=9)).entries) == ["b/0"]
 
 
 async def test_what_waited_off_its_lane_is_leased_and_reclaimed_like_any_other(pool: Pool) -> None:
