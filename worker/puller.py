@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 #: Milliseconds an idle host blocks on the streams before it looks for new runs, parked and delayed jobs.
 BLOCK_MS = 1000
 
-#: Seconds for which a host leaves what it lost twice to the others, before it looks again whether there are any: each of
-#: them looks once meanwhile, wherever it is in its block. A time to wait, in the place of this, was in step with the
+#: Seconds for which a host leaves what it lost twice to the others, before it looks again whether there are any: each
+#: of them looks once meanwhile, wherever it is in its block. A time to wait, in the place of this, was in step with the
 #: looks of the same host: it met the job again and again, ahead of the others.
 LEAVE_S = 2 * BLOCK_MS / 1000
 
