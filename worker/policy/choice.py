@@ -53,9 +53,7 @@ class PolicyChoice:
     def wanted(self) -> Wanted | None:
         """What this host is to serve; None while nothing is known to serve."""
         checkpoint = self._checkpoint()
-        if checkpoint is None:
-            return None
-        return Wanted(checkpoint, wanted_adapters(self.orders, checkpoint.policy, self._refused))
+        return None if checkpoint is None else self.on_checkpoint(checkpoint)
 
     def on_checkpoint(self, checkpoint: Target) -> Wanted:
         """The same for an engine whose weights are not ours to choose."""
