@@ -15,7 +15,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or __package__:
     from rollpool.worker.launch.hot_swap_internals import unexpected
     from rollpool.worker.launch.hot_swap_messages import SPANS, VERSION_ENV, EngineFacts, facts_of
 else:
@@ -102,7 +102,7 @@ def _install(reason: str) -> None:
 
 
 def _add_routes(http_server: Any, manager: Any, facts: EngineFacts | None, reason: str) -> None:
-    if TYPE_CHECKING:
+    if TYPE_CHECKING or __package__:
         from rollpool.worker.launch.hot_swap_routes import HttpSide, add_routes
     else:
         from hot_swap_routes import HttpSide, add_routes
@@ -136,7 +136,7 @@ def run_scheduler_process(server_args: Any, port_args: Any, dp_rank: Any, pipe_w
     from sgl_jax.srt.managers import scheduler
     from sgl_jax.srt.utils import weight_utils
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING or __package__:
         from rollpool.worker.launch.hot_swap_weights import install_streaming
     else:
         from hot_swap_weights import install_streaming
@@ -156,7 +156,7 @@ def run_detokenizer_process(server_args: Any, port_args: Any) -> None:
 
 def patch_scheduler(scheduler_class: Any) -> None:
     """Give every scheduler that is constructed from now on a side of ours."""
-    if TYPE_CHECKING:
+    if TYPE_CHECKING or __package__:
         from rollpool.worker.launch.hot_swap_scheduler import SchedulerSide, unsupported
     else:
         from hot_swap_scheduler import SchedulerSide, unsupported

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or __package__:
     from rollpool.worker.launch import hot_swap_boundary as boundary
     from rollpool.worker.launch import hot_swap_weights as weights
     from rollpool.worker.launch.hot_swap_adapter_rules import Limits, check_adapter

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or __package__:
     from rollpool.worker.launch.hot_swap_messages import Refused
 else:
     from hot_swap_messages import Refused

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or __package__:
     from rollpool.worker.launch import hot_swap_boundary as boundary
     from rollpool.worker.launch import hot_swap_weights as weights
     from rollpool.worker.launch.hot_swap_adapters import Adapters

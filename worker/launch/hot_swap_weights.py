@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or __package__:
     from rollpool.worker.launch.hot_swap_files import some
     from rollpool.worker.launch.hot_swap_messages import Refused
 else:
