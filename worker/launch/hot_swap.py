@@ -131,6 +131,24 @@ class _WithFacts:
         return getattr(self._pipe, name)
 
 
+def patch_all() -> None:
+    """Patch this process, in which all parts of the engine are to run."""
+    from sgl_jax.srt.managers.detokenizer_manager import DetokenizerManager
+    from sgl_jax.srt.managers.scheduler import Scheduler
+    from sgl_jax.srt.managers.tokenizer_manager import TokenizerManager
+    from sgl_jax.srt.utils import weight_utils
+
+    if TYPE_CHECKING or __package__:
+        from rollpool.worker.launch.hot_swap_weights import install_streaming
+    else:
+        from hot_swap_weights import install_streaming
+
+    install_streaming(weight_utils)
+    patch_scheduler(Scheduler)
+    patch_detokenizer(DetokenizerManager)
+    patch_tokenizer_manager(TokenizerManager)
+
+
 def run_scheduler_process(server_args: Any, port_args: Any, dp_rank: Any, pipe_writer: Any) -> None:
     """The scheduler's process, in the place of the engine's function of this name."""
     from sgl_jax.srt.managers import scheduler
@@ -176,7 +194,8 @@ def patch_scheduler(scheduler_class: Any) -> None:
                 self.rollpool_side = SchedulerSide(self)
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
-        _scheduler_facts = self.rollpool_side.facts if self.rollpool_side else facts_of(self.server_args, reason)
+        self.rollpool_facts = self.rollpool_side.facts if self.rollpool_side else facts_of(self.server_args, reason)
+        _scheduler_facts = self.rollpool_facts
 
     @functools.wraps(process_input)
     def process_input_requests(self: Any, recv_reqs: Any) -> None:

@@ -201,9 +201,34 @@ EXPECTED = (
 )
 
 
-def unexpected() -> str:
+#: What an engine in the trainer's own process, and weights that come from memory, rely on beside.
+EXPECTED_IN_PROCESS = (
+    *EXPECTED,
+    Expected(f"{_LOADER}._process_and_assign_weight", ("self", "params", "hf_key", "hf_weight", "mapping")),
+    Expected("sgl_jax.srt.utils.weight_utils:WeightMapping"),
+    Expected(
+        "sgl_jax.srt.entrypoints.engine:_launch_threads",
+        holds=(
+            "configure_logger(server_args)",
+            "_set_envs_and_config(server_args)",
+            "run_scheduler_loop_thread_after_create(server_args, port_args)",
+            "target=run_detokenizer_thread",
+            "daemon=True",
+        ),
+    ),
+    Expected("sgl_jax.srt.entrypoints.engine:Engine.__init__", holds=("atexit.register(self.shutdown)",)),
+    Expected(
+        "sgl_jax.srt.managers.scheduler:scheduler_loop_after_create",
+        holds=("dispatch_scheduler_event_loop(scheduler, server_args)",),
+    ),
+    Expected(f"{_DETOKENIZER}.event_loop", holds=("self._request_dispatcher(recv_obj)",)),
+    Expected(f"{_TOKENIZER}.handle_loop", ("self",)),
+)
+
+
+def unexpected(what: tuple[Expected, ...] = EXPECTED) -> str:
     """The first few things in which the installed engine is not as expected; empty where it is."""
-    faults = [fault for expected in EXPECTED for fault in _faults(expected)]
+    faults = [fault for expected in what for fault in _faults(expected)]
     more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
     return "; ".join(faults[:3]) + more
 

@@ -17,6 +17,9 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import jax
+import numpy as np
+
 if TYPE_CHECKING or __package__:
     from rollpool.worker.launch import hot_swap_boundary as boundary
     from rollpool.worker.launch import hot_swap_weights as weights
@@ -29,9 +32,11 @@ if TYPE_CHECKING or __package__:
         LoadAdapter,
         Refused,
         Reply,
+        Staging,
         UnloadAdapter,
         UpdateWeights,
     )
+    from rollpool.worker.launch.hot_swap_params import Tensors
     from rollpool.worker.launch.hot_swap_spans import VersionMarks
 else:
     import hot_swap_boundary as boundary
@@ -45,9 +50,11 @@ else:
         LoadAdapter,
         Refused,
         Reply,
+        Staging,
         UnloadAdapter,
         UpdateWeights,
     )
+    from hot_swap_params import Tensors
     from hot_swap_spans import VersionMarks
 
 #: Seconds an idle scheduler leaves to a thread that loads; a request that comes meanwhile waits as long.
@@ -97,6 +104,8 @@ class SchedulerSide:
         self._ready: queue.SimpleQueue[Callable[[], Reply]] = queue.SimpleQueue()
         self._at_work = 0  # Threads that have not been heard of yet.
         self._updating = False
+        #: By the directory that stands for them: weights that came from memory, in the engine's own process.
+        self._deposits: dict[str, Staged] = {}
         weights.resplit(self._runner)  # Says at once whether this works with this model.
         lora = bool(scheduler.server_args.enable_lora)
         self._adapters = Adapters(scheduler, self._runner) if lora else None
@@ -117,6 +126,10 @@ class SchedulerSide:
             return EngineFacts(hot_swap=True, lora="none", adapter_slots=0)
         return EngineFacts(hot_swap=True, lora="runtime", adapter_slots=self._adapters.slots)
 
+    def begin_with(self, version: str) -> None:
+        """Name the version of the weights that serve, before anything was generated for anybody."""
+        self._marks.version = version
+
     def between_batches(self) -> None:
         """Take up what threads have ready; called in each turn of the scheduler's loop, its batches being done."""
         while not self._ready.empty():
@@ -127,6 +140,36 @@ class SchedulerSide:
             # With nothing to run the loop never waits, and a thread that loads hardly gets its turns: 6 s where it took
             # 1 s of the tiny model.
             time.sleep(_NAP_S)
+
+    def deposit(self, directory: str, tensors: Tensors, staging: Staging) -> None:
+        """Stage weights from memory, to be served by an `UpdateWeights` that names the directory.
+
+        For the engine's own process, from a thread in which no other programs run on the tensors' devices. When it
+        returns, nothing of `tensors` is needed any more. What was deposited before, and not served, is dropped.
+
+        Args:
+            directory: Has the config of the model that serves.
+            tensors: By a checkpoint's names.
+            staging: On the devices, beside what serves; or, by leaf, in the host's memory until then.
+
+        Raises:
+            Refused: They do not fit what serves, or hold numbers that are not finite.
+        """
+        self._deposits.clear()
+        scheduler, runner = self._scheduler, self._runner
+
+        def config() -> Any:
+            return weights.config_of(type(scheduler.model_config), scheduler.server_args, directory)
+
+        if staging == "device" or (staging == "auto" and weights.fits_beside(runner)):
+            self._deposits[directory] = weights.StagedOnDevice(runner, config(), tensors)
+        else:
+            copies = {name: np.array(jax.device_get(tensor)) for name, tensor in tensors.items()}
+            self._deposits[directory] = weights.StagedByLeaf(runner, config, copies)
+
+    def has_deposit(self, directory: str) -> bool:
+        """Tell whether `deposit` staged this, and nothing took its place since."""
+        return directory in self._deposits
 
     def knows_adapter(self, lora_id: str | None) -> bool:
         """Tell whether a request for this adapter would be served with it."""
@@ -178,6 +221,8 @@ class SchedulerSide:
 
     def _stage(self, order: UpdateWeights) -> Staged:
         """Load and compare, while serving goes on."""
+        if (deposited := self._deposits.pop(order.model_path, None)) is not None:
+            return deposited
         scheduler = self._scheduler
 
         def config() -> Any:

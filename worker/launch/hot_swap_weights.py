@@ -24,9 +24,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 if TYPE_CHECKING or __package__:
     from rollpool.worker.launch.hot_swap_files import some
     from rollpool.worker.launch.hot_swap_messages import Refused
+    from rollpool.worker.launch.hot_swap_params import Tensors, assign, check_names
 else:
     from hot_swap_files import some
     from hot_swap_messages import Refused
+    from hot_swap_params import Tensors, assign, check_names
 
 #: Where a tensor is in a model, as dotted names.
 Name = str
@@ -45,7 +47,7 @@ _CONFIG_IGNORED = frozenset(
 #: Kept free on each device beside a second copy: what loading takes in passing.
 _HEADROOM_BYTES = 512 * 2**20
 
-#: Whoever wants each tensor as soon as it is loaded, by thread.
+#: By thread: whoever wants each tensor as soon as it is loaded, and what takes the place of the files.
 _streaming = threading.local()
 
 
@@ -99,12 +101,13 @@ def _plain(config: Any) -> dict[str, Any]:
     return values | {"computed in": str(config.dtype), "ends at": sorted(config.hf_eos_token_id or ())}
 
 
-def load(runner: Any, config: Any) -> Any:
-    """Load a checkpoint as the engine does at its start, quantization included.
+def load(runner: Any, config: Any, tensors: Tensors | None = None) -> Any:
+    """Load weights as the engine does at its start, quantization included.
 
     Args:
         runner: The `ModelRunner` that serves; it is left as it is.
         config: The checkpoint's, not yet changed for the mesh.
+        tensors: In the place of the checkpoint's own; see `hot_swap_params`.
 
     Returns:
         A model of the same kind.
@@ -114,6 +117,7 @@ def load(runner: Any, config: Any) -> Any:
     """
     shell = copy.copy(runner)
     shell.model_config = config
+    _streaming.tensors = tensors
     try:
         type(runner).load_model(shell)
     except Refused:
@@ -123,6 +127,8 @@ def load(runner: Any, config: Any) -> Any:
         elsewhere = isinstance(error, OSError) or is_out_of_memory(error)
         message = f"the engine cannot load {config.model_path}: {type(error).__name__}: {error}"
         raise Refused(message, restart_may_help=elsewhere) from error
+    finally:
+        _streaming.tensors = None
     return shell.model
 
 
@@ -219,13 +225,19 @@ def _flags(mesh: Any, spec: Any) -> Callable[[jax.Array], jax.Array]:
 
 
 class StagedOnDevice:
-    """All new weights beside the old ones, compared and ready."""
+    """All new weights beside the old ones, compared and ready.
 
-    def __init__(self, runner: Any, config: Any) -> None:
+    Args:
+        runner: The `ModelRunner` that serves.
+        config: The checkpoint's, not yet changed for the mesh.
+        tensors: In the place of the checkpoint's own.
+    """
+
+    def __init__(self, runner: Any, config: Any, tensors: Tensors | None = None) -> None:
         self._runner = runner
         self._new: dict[Name, jax.Array] = {}
         self._old: dict[Name, jax.Array] = {}
-        model = load(runner, config)
+        model = load(runner, config, tensors)
         comparison = Comparison(runner, config.model_path)
         for name, variable in variables(model).items():
             value = variable.get_value()
@@ -260,15 +272,21 @@ class StagedByLeaf:
     """New weights of which one tensor at a time is on the devices; what it replaces waits in the host's memory.
 
     They are read twice: once beside the serving model, only to be compared, and once into it.
+
+    Args:
+        runner: The `ModelRunner` that serves.
+        config_again: The checkpoint's config, each time a new one, not yet changed for the mesh.
+        tensors: In the place of the checkpoint's own.
     """
 
-    def __init__(self, runner: Any, config_again: Callable[[], Any]) -> None:
+    def __init__(self, runner: Any, config_again: Callable[[], Any], tensors: Tensors | None = None) -> None:
         self._runner = runner
         self._config_again = config_again
+        self._tensors = tensors
         self._old: list[tuple[Name, Any, Any]] = []
         config = config_again()
         comparison = Comparison(runner, config.model_path)
-        stream(runner, config, comparison.see)
+        stream(runner, config, comparison.see, tensors)
         comparison.end()
 
     def put(self) -> None:
@@ -283,7 +301,7 @@ class StagedByLeaf:
             self._old.append((name, jax.device_get(old), old.sharding))
             _set_one(runner, live[name], value)
 
-        stream(runner, config, replace)
+        stream(runner, config, replace, self._tensors)
         comparison.end()
         resplit(runner)
 
@@ -296,7 +314,7 @@ class StagedByLeaf:
 
     def forget(self) -> None:
         """Free the host's memory."""
-        self._old = []
+        self._old, self._tensors = [], None
         gc.collect()
 
 
@@ -324,7 +342,7 @@ def resplit(runner: Any) -> None:
     ]
 
 
-def stream(runner: Any, config: Any, take: Callable[[Name, jax.Array], None]) -> None:
+def stream(runner: Any, config: Any, take: Callable[[Name, jax.Array], None], tensors: Tensors | None = None) -> None:
     """Load a checkpoint, handing over each tensor as it is loaded, and keeping none.
 
     Raises:
@@ -332,24 +350,33 @@ def stream(runner: Any, config: Any, take: Callable[[Name, jax.Array], None]) ->
     """
     _streaming.take = take
     try:
-        load(runner, config)
+        load(runner, config, tensors)
     finally:
         _streaming.take = None
         gc.collect()
 
 
 def install_streaming(weight_utils: Any) -> None:
-    """Let the engine's loader hand over tensors one by one, in threads that ask for it."""
+    """Let the engine's loader hand over tensors one by one, or take them from memory, in threads that ask for it."""
     loader, bar = weight_utils.WeightLoader, weight_utils.tqdm
-    all_at_once = loader.load_weights_from_safetensors
+    from_files = loader.load_weights_from_safetensors
 
     def one_by_one(self: Any, weight_mappings: Any, safetensors_partition: int = 1, dummy: bool = False) -> None:
-        take = getattr(_streaming, "take", None)
+        take, tensors = getattr(_streaming, "take", None), getattr(_streaming, "tensors", None)
+        if tensors is not None:
+            check_names(tensors, weight_mappings)
+
+        def load_some(mappings: Any) -> None:
+            if tensors is None:
+                from_files(self, mappings, safetensors_partition, dummy)
+            else:
+                assign(self, mappings, tensors)
+
         if take is None:
-            all_at_once(self, weight_mappings, safetensors_partition, dummy)
+            load_some(weight_mappings)
             return
         for key, mapping in weight_mappings.items():
-            all_at_once(self, {key: mapping}, safetensors_partition, dummy)
+            load_some({key: mapping})
             for name, value in _taken_out(self.model):
                 take(name, value)
 
