@@ -12,6 +12,7 @@ import logging
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,10 @@ class LocalPool(RolloutPool):
         self._host = host
         self._stack = stack
         host.on_end = self._nobody_serves
-        atexit.register(self.close)
+        _at_the_end(self)
 
     def close(self) -> None:
         """End the pool, its host, its engine and its server; harmless to repeat."""
-        atexit.unregister(self.close)
         self._host.on_end = _nothing
         super().close()
         self._stack.close()
@@ -154,6 +154,21 @@ def _owner(
     stage = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rollpool-stage-")))
     sources = Sources(stage, roots=worker.model_roots, budget_bytes=int(worker.stage_gib * (1 << 30)))
     return InProcessOwner(settings, sources), worker
+
+
+def _at_the_end(pool: LocalPool) -> None:
+    """Close a pool that is forgotten when the program ends.
+
+    The host ends by means of threads, of which there are no new ones when `atexit` has its turn; what
+    `concurrent.futures` itself uses has it before.
+    """
+    forgotten = weakref.ref(pool)
+
+    def close() -> None:
+        if (pool := forgotten()) is not None:
+            pool.close()
+
+    getattr(threading, "_register_atexit", atexit.register)(close)
 
 
 def _nothing() -> None:

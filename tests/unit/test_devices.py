@@ -61,7 +61,7 @@ def test_what_passes_is_disjoint_and_there(count: int, rollout: int, train: int 
 
 def test_one_of_several_processes_is_told_of_the_failure_that_it_would_meet() -> None:
     refuse_multi_host(1)
-    with pytest.raises(SettingsError, match="continuator.*servers on TPU VMs"):
+    with pytest.raises(SettingsError, match=r"continuator.*servers on TPU VMs"):
         refuse_multi_host(2)
 
 

@@ -78,6 +78,7 @@ class EmbeddedEngine:
                 engine = module.Engine(**arguments, enable_single_process=True)
         # Its own end kills all children of this process, the trainer's data loaders included.
         atexit.unregister(engine.shutdown)
+        engine.loop.close()  # it would be asked in a loop of its own
         if self.scheduler.rollpool_side is None:
             reason = self.scheduler.rollpool_facts.reason
             self._engine = engine
@@ -128,8 +129,9 @@ class EmbeddedEngine:
 
     async def watch(self) -> str:
         """Return the reason once a part has failed."""
-        while not self.failure:  # set by any thread
-            await asyncio.sleep(_LOOK_S)  # noqa: ASYNC110 - an event would have to be told of the loop that watches
+        # An event would have to be told of the loop that watches, and any thread may fail.
+        while not self.failure:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_S)
         return self.failure
 
     def stop(self) -> None:
