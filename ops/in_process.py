@@ -212,13 +212,14 @@ class _HostThread:
             time.sleep(_LOOK_S)
 
     def _run(self) -> None:
+        # Not by `asyncio.run`: at the end it starts a thread, which cannot be once the program ends.
+        loop = self._loop = asyncio.new_event_loop()
         try:
-            asyncio.run(self._serve())
+            loop.run_until_complete(self._host.run())
+            loop.run_until_complete(loop.shutdown_asyncgens())
         except BaseException as error:
             self._error = error
             log.exception("the host in this process ended")
             self.on_end()
-
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        await self._host.run()
+        finally:
+            loop.close()

@@ -5,7 +5,9 @@
 
 from rollpool.producer.batch import AsyncBatch
 from rollpool.producer.blocking import Batch, RolloutPool
+from rollpool.producer.checkpoint_folder import CheckpointFolder
 from rollpool.producer.pack import PackedBatch, pack
+from rollpool.producer.params import HfTensors, ParamsSink, hf_tensors
 from rollpool.producer.pool import AsyncRolloutPool
 from rollpool.producer.report import BatchReport, Lengths
 from rollpool.producer.shared import enqueue_prompts
@@ -33,11 +35,14 @@ __all__ = [
     "BacklogFull",
     "Batch",
     "BatchReport",
+    "CheckpointFolder",
     "Group",
+    "HfTensors",
     "InvalidPrompt",
     "Lengths",
     "NotPermitted",
     "PackedBatch",
+    "ParamsSink",
     "Policy",
     "PolicyRejected",
     "PolicyUnknown",
@@ -51,5 +56,6 @@ __all__ = [
     "StalenessRule",
     "VersionSpan",
     "enqueue_prompts",
+    "hf_tensors",
     "pack",
 ]

@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractContextManager
 
+from rollpool.producer.affinity import Homes
 from rollpool.producer.cancel import cancel_batch, commit_batch
 from rollpool.producer.feed import Feed
 from rollpool.producer.inbox import Inbox
@@ -66,6 +67,7 @@ class AsyncBatch(_Facts):
         order: Order | None = None,
         siblings: Callable[[], Iterable["AsyncBatch"]] = tuple,
         consumed_before: bool = False,
+        homes: Homes | None = None,
     ) -> None:
         """For the pool, not for users.
 
@@ -76,6 +78,7 @@ class AsyncBatch(_Facts):
             order: What was sent; None where another process did.
             siblings: All batches of the pool.
             consumed_before: An earlier process collected it whole and committed it: nothing is to come.
+            homes: Where the keys of its prompts are made, for those that come after them.
         """
         self.content = content
         self._submitter = submitter
@@ -83,6 +86,7 @@ class AsyncBatch(_Facts):
         self._inbox = inbox
         self._order = order
         self._siblings = siblings
+        self._homes = homes
         self._cancelled = False
         self._committed = self._consumed_before = consumed_before
 
@@ -140,6 +144,12 @@ class AsyncBatch(_Facts):
         self._inbox.rewind()
         if not self._inbox.all_read:
             self._order = order
+
+    def arrived(self, group: Group) -> None:
+        """Remember where it was made; for the pool, not for users."""
+        keys = self._order.draft.affinity if self._order else ()
+        if self._homes is not None and group.outcome == "ok" and group.index < len(keys) and (key := keys[group.index]):
+            self._homes.remember(key, group.worker)
 
     def all_was_read(self) -> None:
         """Let go of the prompts; for the pool, not for users."""

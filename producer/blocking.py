@@ -1,7 +1,8 @@
 """The pool and its batches for blocking code: each method runs its asyncio twin in a portal.
 
-Invariant: there is one implementation, the asyncio one. Only groups are taken from an inbox in the caller's thread, so
-that a Ctrl-C loses none.
+Invariant: there is one implementation, the asyncio one. Only two things are done in the caller's thread: groups are
+taken from an inbox, so that a Ctrl-C loses none, and parameters are put, so that a trainer's arrays are used from the
+thread that runs its JAX programs.
 """
 
 import functools
@@ -14,10 +15,13 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from rollpool.producer.batch import AsyncBatch, _Facts
 from rollpool.producer.feed import Feed
+from rollpool.producer.params import ParamsSink
 from rollpool.producer.pool import BACKLOG_LIMIT, AsyncRolloutPool
 from rollpool.producer.portal import Portal
 from rollpool.producer.progress import Show, progress_bar
 from rollpool.producer.resume import State
+from rollpool.schemas.commands import ChangeMode, ChangeWay
+from rollpool.schemas.policies import Policy
 from rollpool.schemas.results import Group
 from rollpool.schemas.staleness import StalenessRule
 
@@ -123,6 +127,7 @@ class RolloutPool:
         weight: float | None = None,
         staleness_rule: StalenessRule | None = None,
         model_roots: Sequence[str] | None = None,
+        params: ParamsSink | None = None,
     ) -> None:
         self._pool = AsyncRolloutPool(
             url,
@@ -132,6 +137,7 @@ class RolloutPool:
             weight=weight,
             staleness_rule=staleness_rule,
             model_roots=model_roots,
+            params=params,
         )
         self._portal = Portal()
         # Also at the end of the interpreter: open sockets would be warned of.
@@ -151,10 +157,43 @@ class RolloutPool:
 
     enqueue_prompts = _blocking_batch(AsyncRolloutPool.enqueue_prompts)
     cancel = _blocking(AsyncRolloutPool.cancel)
-    publish_policy = _blocking(AsyncRolloutPool.publish_policy)
     rollback_policy = _blocking(AsyncRolloutPool.rollback_policy)
     current_policy = _blocking(AsyncRolloutPool.current_policy)
     wait_for_policy = _blocking(AsyncRolloutPool.wait_for_policy)
+
+    def publish_policy(
+        self,
+        version: int,
+        *,
+        checkpoint: str | None = None,
+        lora_path: str | None = None,
+        params: Any = None,
+        mapping: Any = None,
+        base: str | None = None,
+        mode: ChangeMode | None = None,
+        way: ChangeWay = "auto",
+        min_serving: int | None = None,
+        check: bool = True,
+    ) -> Policy:
+        """Set below: the words of `AsyncRolloutPool.publish_policy`."""
+        if params is not None:
+            known = self._portal.run(self._pool.put_before(version, checkpoint, lora_path, base))
+            checkpoint = known or self._pool.put_params(version, params, mapping)
+            check = check and known is None and self._pool.checks_params
+        return self._portal.run(
+            self._pool.publish_policy(
+                version,
+                checkpoint=checkpoint,
+                lora_path=lora_path,
+                base=base,
+                mode=mode,
+                way=way,
+                min_serving=min_serving,
+                check=check,
+            )
+        )
+
+    publish_policy.__doc__ = AsyncRolloutPool.publish_policy.__doc__
 
     def groups(self, n: int | None = None, timeout: float | None = None) -> Generator[Group, None, None]:
         """Yield `ok` groups of all batches in `batches` as they finish; parameters and errors as `AsyncRolloutPool`."""
@@ -178,6 +217,7 @@ class RolloutPool:
         weight: float | None = None,
         staleness_rule: StalenessRule | None = None,
         model_roots: Sequence[str] | None = None,
+        params: ParamsSink | None = None,
     ) -> Self:
         """Go on where a `state_dict` was saved: commit what it calls complete, and attach the rest.
 
@@ -192,6 +232,7 @@ class RolloutPool:
             weight=weight,
             staleness_rule=staleness_rule,
             model_roots=model_roots,
+            params=params,
         )
         try:
             resumed._portal.run(resumed._pool.restore(saved))

@@ -2,7 +2,7 @@
 
 Invariant: a `Draft` that exists can be enqueued and run. Everything a user can get wrong is refused while it is made,
 as InvalidPrompt that names the field and, where there is one, the prompt's index; so nothing of a bad batch is ever
-sent. Equal batches have equal `content`, whenever they are made.
+sent. Equal batches have equal `content`, whenever they are made and wherever they wish to run.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from rollpool.producer.affinity import Affinity, Homes, checked_affinity
 from rollpool.schemas import wire
 from rollpool.schemas.errors import InvalidPrompt, SchemaMismatch
 from rollpool.schemas.jobs import Endpoint, Lane, Prompt, PromptJob, SamplingParams, preview_of
@@ -38,6 +39,9 @@ MAX_SPLIT = 1000
 #: Fields of a job that differ from prompt to prompt; the others are encoded once.
 _OWN = ("index", "prompt", "metadata")
 
+#: Fields of a job that its batch may be sent with or without: they are no part of the content.
+_WISHES = ("host",)
+
 #: What parameters are called where the job's field has another name.
 _PARAMETERS = {"batch": "batch_id", "parts": "split"}
 
@@ -54,10 +58,14 @@ class Draft:
     #: What is a prompt's own, encoded, in order.
     own: Sequence[bytes]
     previews: Sequence[str]
-    #: Digest of everything but the deadline: a batch made again later has another one, and is still the same.
+    #: Digest of everything but the deadline and the hosts wished for: a batch made again later has others, and is still
+    #: the same.
     content: str
     #: Seconds from now; None: no deadline.
     deadline_s: float | None = None
+    #: Each prompt's key in `Homes`, and the host wished for; empty where no prompt has a key.
+    affinity: Sequence[str | None] = ()
+    hosts: Sequence[str | None] = ()
 
     @property
     def batch(self) -> str:
@@ -81,10 +89,14 @@ class Draft:
             deadline_ms: Server time in milliseconds, or None.
         """
         shared = {**self.shared, "deadline_ms": deadline_ms}
-        heads = [wire.MapTemplate({**shared, "part": part}, _OWN).head for part in range(self.parts)]
-        bodies = [head + own for own in self.own for head in heads]
-        previews = [preview for preview in self.previews for _ in heads]
+        hosts = self.hosts or [None] * self.size
+        heads = {host: self._heads(shared | ({"host": host} if host else {})) for host in set(hosts)}
+        bodies = [head + own for own, host in zip(self.own, hosts, strict=True) for head in heads[host]]
+        previews = [preview for preview in self.previews for _ in range(self.parts)]
         return list(itertools.chain.from_iterable(zip(previews, bodies, strict=True)))
+
+    def _heads(self, shared: Mapping[str, Any]) -> list[bytes]:
+        return [wire.MapTemplate({**shared, "part": part}, _OWN).head for part in range(self.parts)]
 
 
 def draft(
@@ -104,9 +116,15 @@ def draft(
     deadline: float | None = None,
     endpoint: Endpoint = "generate",
     logprobs: bool = True,
+    affinity: Affinity = None,
+    homes: Homes | None = None,
 ) -> Draft:
-    """Check and encode a batch. Raises InvalidPrompt; parameters are those of `enqueue_prompts`."""
+    """Check and encode a batch. Raises InvalidPrompt; parameters are those of `enqueue_prompts`.
+
+    `homes` knows which host each key of `affinity` wishes for.
+    """
     checked = _checked_prompts(prompts)
+    keys = checked_affinity(affinity, len(checked))
     _check_endpoint(checked, endpoint, logprobs)
     first = _first_job(
         run=run,
@@ -123,10 +141,20 @@ def draft(
         exact=exact,
         endpoint=endpoint,
     )
-    shared = {"schema": wire.SCHEMA} | {name: value for name, value in first if name not in _OWN}
+    shared = {"schema": wire.SCHEMA} | {name: value for name, value in first if name not in (*_OWN, *_WISHES)}
     shared["n"] = _samples_of_a_part(first)
+    if keys and first.parts > 1:
+        raise InvalidPrompt("affinity: a split group is for several hosts at once; leave out split or affinity")
     own, content = _encoded(shared, checked, _checked_metadata(metadata, len(checked)))
-    return Draft(shared, own, [preview_of(prompt) for prompt in checked], content, _checked_deadline(deadline))
+    return Draft(
+        shared,
+        own,
+        [preview_of(prompt) for prompt in checked],
+        content,
+        _checked_deadline(deadline),
+        affinity=keys,
+        hosts=[homes.of(key) if key and homes is not None else None for key in keys],
+    )
 
 
 def _checked_prompts(prompts: Iterable[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from rollpool.producer.server import BLOCK_MS, Server
 from rollpool.schemas import scripts
 from rollpool.schemas.errors import PoolTimeout, RollpoolError
 from rollpool.schemas.result_entry import group_of, size_of
-from rollpool.schemas.results import OUTCOMES
+from rollpool.schemas.results import OUTCOMES, Group
 
 #: Entries read at once from each batch: bounds the memory of groups that nobody has asked for yet.
 READ_COUNT = 64
@@ -37,6 +37,9 @@ class Source(Protocol):
 
     async def enqueue_again(self) -> bool:
         """Send it to a server that lost it; False where its prompts are not here."""
+
+    def arrived(self, group: Group) -> None:
+        """One of its groups was read."""
 
     def all_was_read(self) -> None:
         """Nothing more is to come."""
@@ -153,7 +156,9 @@ class Feed:
         for source, entries in read:
             inbox = source.inbox
             for entry_id, fields in entries:
-                inbox.add(entry_id.decode(), group_of(run, inbox.batch, fields), size_of(fields))
+                group = group_of(run, inbox.batch, fields)
+                inbox.add(entry_id.decode(), group, size_of(fields))
+                source.arrived(group)
             if inbox.all_read:
                 source.all_was_read()
         for source, _ in read:

@@ -10,12 +10,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from rollpool.producer.admission import Limits
+from rollpool.producer.affinity import Affinity, Homes
 from rollpool.producer.batch import AsyncBatch, hand_out_async
 from rollpool.producer.cancel import cancel_run
 from rollpool.producer.enqueue import Draft, PromptInput, draft
 from rollpool.producer.feed import Feed
 from rollpool.producer.inbox import Inbox
 from rollpool.producer.lineages import current_policy
+from rollpool.producer.params import ParamsSink
 from rollpool.producer.progress import progress_bar
 from rollpool.producer.publish import Publisher, roots_of
 from rollpool.producer.resume import State, attach, consumed_of, state_of
@@ -55,6 +57,7 @@ class AsyncRolloutPool:
         weight: float | None = None,
         staleness_rule: StalenessRule | None = None,
         model_roots: Sequence[str] | None = None,
+        params: ParamsSink | None = None,
     ) -> None:
         """Name the pool.
 
@@ -71,6 +74,7 @@ class AsyncRolloutPool:
                 counts published policies, so versions must rise by one a training step.
             model_roots: Directories and URLs that published sources must be under; by default $ROLLPOOL_MODEL_ROOTS, a
                 JSON list, then none: any source. The hosts have their own.
+            params: Where `publish_policy(…, params=…)` puts a trainer's parameters, as a `CheckpointFolder`.
 
         Raises:
             SettingsError: A name, the URL, a limit, the weight or a root cannot be.
@@ -79,7 +83,8 @@ class AsyncRolloutPool:
         wire.check_msgpack()
         self._server = Server(url, pool, run)
         self._submitter = Submitter(self._server, Limits(backlog_limit, staleness_rule), weight)
-        self._publisher = Publisher(self._server, roots_of(model_roots))
+        self._publisher = Publisher(self._server, roots_of(model_roots), params)
+        self._homes = Homes()
         self._batches: dict[str, AsyncBatch] = {}
         self._committed: dict[str, str] = {}
         self._resumed: State | None = None
@@ -111,6 +116,7 @@ class AsyncRolloutPool:
         deadline: float | None = None,
         endpoint: Endpoint = "generate",
         logprobs: bool = True,
+        affinity: Affinity = None,
         timeout: float | None = 0.0,
     ) -> AsyncBatch:
         """Enqueue one group a prompt: all of them, or, when anything is wrong, none.
@@ -137,6 +143,9 @@ class AsyncRolloutPool:
             deadline: Seconds from now after which open jobs settle `expired`.
             endpoint: `generate`, or `chat` for evaluation: text alone, without token ids and log-probs.
             logprobs: Must be False for `endpoint="chat"`; `generate` returns log-probs in any case.
+            affinity: A key, or one a prompt (None: none), for prompts that begin alike, as the turns of a conversation
+                do: other hosts leave a job to the one that made the last collected group of its key, for up to two
+                seconds. A wish, and no part of the batch's content. Not for split groups.
             timeout: Seconds to wait for room under the backlog limit and the staleness rule; None: for ever.
 
         Returns:
@@ -164,6 +173,8 @@ class AsyncRolloutPool:
             deadline=deadline,
             endpoint=endpoint,
             logprobs=logprobs,
+            affinity=affinity,
+            homes=self._homes,
         )
         if self._resumed and self._resumed.consumed_whole.get(made.batch) == made.content:
             return self._consumed_before(made)
@@ -188,7 +199,7 @@ class AsyncRolloutPool:
         return known
 
     def _added(self, inbox: Inbox, content: str) -> AsyncBatch:
-        batch = AsyncBatch(self._submitter, inbox, content, siblings=lambda: self.batches.values())
+        batch = AsyncBatch(self._submitter, inbox, content, siblings=lambda: self.batches.values(), homes=self._homes)
         self._batches[inbox.batch] = batch
         return batch
 
@@ -244,6 +255,8 @@ class AsyncRolloutPool:
         *,
         checkpoint: str | None = None,
         lora_path: str | None = None,
+        params: Any = None,
+        mapping: Any = None,
         base: str | None = None,
         mode: ChangeMode | None = None,
         way: ChangeWay = "auto",
@@ -255,18 +268,28 @@ class AsyncRolloutPool:
         Checkpoints are one sequence of versions for the pool, and one run publishes them at a time: for 15 minutes
         after each no other run may. Adapters are a sequence for each run, beside the others.
 
+        Parameters are put where the hosts can take them up (the pool's `params`), and published as a checkpoint. They
+        may be overwritten or donated when this returns. They are put in the calling thread: this blocks an event loop
+        meanwhile, since a thread of ours would run beside the trainer's JAX programs. Where this run published
+        parameters under the version before, and they are still there, they are not put again: the policy is returned
+        as it is recorded, whatever is given now.
+
         Args:
             version: Higher than every version published before in its sequence, and an adapter's higher than that of
                 its checkpoint.
             checkpoint: Directory in Hugging Face layout, or a URL such as `gs://…`, as the hosts see it; or a name on
-                the hub. One of checkpoint and lora_path.
+                the hub. One of checkpoint, lora_path and params.
             lora_path: Directory or URL of an adapter in peft's layout.
+            params: The model's parameters: arrays by Hugging Face name, flat or nested, or a flax `nnx.State`; see
+                `hf_tensors`.
+            mapping: How the names of `params` are translated: Tunix's `MappingConfig`; None: they are Hugging Face's.
             base: The checkpoint that the adapter was trained on; None: the current one.
             mode: What becomes of work in flight: `drain`, `requeue` or `resume`; None: as each host is set.
             way: `restart` to have engines restarted also where they could change without.
             min_serving: Hosts that go on serving while others change; None: three quarters of those there are.
             check: Look at the source from here first, and read it whole for the digests by which hosts know their copy:
-                seconds to a minute for large weights. False for a path that only the hosts see.
+                seconds to a minute for large weights. False for a path that only the hosts see. For params their sink
+                says whether there is something to look at.
 
         Returns:
             The policy as it is recorded, with its files.
@@ -275,8 +298,13 @@ class AsyncRolloutPool:
             PolicyRejected: The version names another source already, does not rise, or the source belongs to another
                 version; the source is not whole, or outside the roots; the base is not the current checkpoint; another
                 run publishes checkpoints; or the sequence went back to an earlier version since this object published.
+                Or params are not those of the model, or the pool was not told where to put them.
             NotPermitted: The server's access list refuses this user.
         """
+        if params is not None:
+            known = await self.put_before(version, checkpoint, lora_path, base)
+            checkpoint = known or self.put_params(version, params, mapping)
+            check = check and known is None and self.checks_params
         return await self._publisher.publish(
             version,
             checkpoint=checkpoint,
@@ -287,6 +315,19 @@ class AsyncRolloutPool:
             min_serving=min_serving,
             check=check,
         )
+
+    async def put_before(self, version: int, *others: str | None) -> str | None:
+        """What was published for parameters under a version before, if it is there; for the pool, not for users."""
+        return await self._publisher.put_before(version, *others)
+
+    def put_params(self, version: int, params: Any, mapping: Any) -> str:
+        """Put parameters where hosts find them, in the calling thread; for the pool, not for users."""
+        return self._publisher.put(version, params, mapping)
+
+    @property
+    def checks_params(self) -> bool:
+        """Whether what was put is looked at before it is published; for the pool, not for users."""
+        return self._publisher.checks_params
 
     async def rollback_policy(self, version: int | None = None) -> Policy:
         """Go back to an earlier policy: of the run's adapters if it published any, else of the checkpoints.
@@ -356,6 +397,7 @@ class AsyncRolloutPool:
         weight: float | None = None,
         staleness_rule: StalenessRule | None = None,
         model_roots: Sequence[str] | None = None,
+        params: ParamsSink | None = None,
     ) -> Self:
         """Go on where a `state_dict` was saved: commit what it calls complete, and attach the rest.
 
@@ -371,6 +413,7 @@ class AsyncRolloutPool:
             weight: Share of the run.
             staleness_rule: The rule, which goes on counting where it was.
             model_roots: As for the constructor.
+            params: As for the constructor.
 
         Raises:
             SchemaMismatch: The state is of another version of rollpool, or not a state.
@@ -384,6 +427,7 @@ class AsyncRolloutPool:
             weight=weight,
             staleness_rule=staleness_rule,
             model_roots=model_roots,
+            params=params,
         )
         try:
             await resumed.restore(saved)

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from rollpool.producer.abandoned import settle_abandoned
 from rollpool.producer.lineages import Lineage, named, read_lineage, read_record, recorded
+from rollpool.producer.params import ParamsSink, hf_tensors
 from rollpool.producer.server import Server
 from rollpool.schemas import scripts
 from rollpool.schemas.commands import ChangeMode, ChangeWay, Command
@@ -40,11 +41,13 @@ class Publisher:
     Args:
         server: of the pool.
         roots: that sources must be under; empty: any.
+        sink: where a trainer's parameters are put.
     """
 
-    def __init__(self, server: Server, roots: Sequence[str]) -> None:
+    def __init__(self, server: Server, roots: Sequence[str], sink: ParamsSink | None = None) -> None:
         self._server = server
         self._roots = tuple(roots)
+        self._sink = sink
         #: The generation of each lineage that this object published to.
         self._known: dict[str, int] = {}
 
@@ -71,6 +74,53 @@ class Publisher:
         self._known[lineage.name] = lineage.generation
         await settle_abandoned(self._server, lineage.name, lineage.pending)
         return policy
+
+    async def put_before(self, version: int, *others: str | None) -> str | None:
+        """The checkpoint that this run published for parameters under a version; None: they are to be put now.
+
+        Refuses what publishing would refuse, before gigabytes are written.
+
+        Args:
+            version: About to be published.
+            others: Sources given beside the parameters.
+        """
+        sink = self._sink_for(version, others)
+        asked = _policy(version, self._server.run, "params", None, None)
+        known = await recorded(self._server, asked.lineage, version)
+        if known is not None and known.run == asked.run and known.checkpoint and sink.holds(known.checkpoint):
+            return known.checkpoint
+        lineage = await read_lineage(self._server, asked.lineage)
+        self.check_known(lineage)
+        with self._server.doing(f"publish_policy({version})"):
+            held: Any = await self._server.client.get(self._server.keys.publisher)
+            left = await self._server.client.pttl(self._server.keys.publisher) if held else 0
+        if held and held.decode() != asked.run:
+            refuse(self._server, Answered("held", left, held.decode()), asked)
+        if known is None and lineage.current is not None and version <= lineage.current:
+            refuse(self._server, Answered("old", lineage.current), asked)
+        return None
+
+    def put(self, version: int, params: Any, mapping: Any) -> str:
+        """Put parameters where hosts can take them up; in the caller's thread, which alone may use its arrays."""
+        return self._sink_for(version, ()).put(version, hf_tensors(params, mapping))
+
+    @property
+    def checks_params(self) -> bool:
+        """Whether what was put is looked at before it is published."""
+        return self._sink is not None and self._sink.check
+
+    def _sink_for(self, version: int, others: Sequence[str | None]) -> ParamsSink:
+        if any(other is not None for other in others):
+            raise PolicyRejected(
+                f"policy {version}: params are a policy's whole source; give one of params, checkpoint and lora_path"
+            )
+        if self._sink is None:
+            raise PolicyRejected(
+                f"policy {version}: this pool was not told where to put params: RolloutPool(…, "
+                "params=CheckpointFolder(…)) writes checkpoints to a folder that the hosts see, and "
+                "rollpool.ops.local_pool gives a pool whose engine runs in this process"
+            )
+        return self._sink
 
     def _placed(self, policy: Policy, check: bool) -> Policy:
         """Its sources are under the roots; a directory here is named so that it is the same one everywhere."""

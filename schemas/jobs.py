@@ -160,6 +160,9 @@ class PromptJob(BaseModel):
     #: Server time in milliseconds after which the job settles `expired`; None: never.
     deadline_ms: int | None = Field(default=None, ge=0)
     endpoint: Endpoint = "generate"
+    #: The worker that is likely to have the beginning of the prompt in its engine's cache: others leave the job to it
+    #: for a moment. A wish: any host may run the job.
+    host: Name | None = None
     #: The trainer's own; comes back with the group. Anything msgpack carries.
     metadata: Any = None
 

@@ -71,6 +71,10 @@ class Keys:
         """Sorted set: names of jobs that wait for a time, scored by it in milliseconds of server time."""
         return self._key("delayed")
 
+    def passed(self, worker: str) -> str:
+        """Sorted set, expiring: names in `delayed` that this worker may take before their time, scored by it."""
+        return self._key("passed", worker)
+
     @property
     def deadlines(self) -> str:
         """Sorted set: batches `RUN:ID` with a deadline, scored by it in milliseconds of server time."""

@@ -38,6 +38,8 @@ class Sample(BaseModel):
     text: str
     finish_reason: FinishReason
     version_spans: tuple[VersionSpan, ...] = Field(strict=False)
+    #: Tokens of the prompt that the engine had in its prefix cache when it began; None: it did not say, as for a chat.
+    cached_tokens: int | None = None
 
     @model_validator(mode="after")
     def _every_token_is_covered(self) -> "Sample":

@@ -22,6 +22,7 @@ from rollpool.schemas.scripts import (
     delayed,
     exact,
     parked,
+    passed,
 )
 
 T = TypeVar("T")
@@ -49,6 +50,7 @@ places = st.one_of(
     st.sampled_from([delayed(PAST_MS), delayed(NEVER_MS)]),
     st.builds(parked, versions),
     st.builds(exact, versions),
+    st.just(passed(NEVER_MS)),
 )
 
 #: Steps, as a method of the model and its arguments. One rule for all of them: hypothesis leaves whole rules out of
@@ -82,6 +84,11 @@ steps = st.one_of(pulls, pulls, pulls, returns, returns, *others, *leases, *ends
 
 #: A run and a job of it, or a part of one.
 Piece = tuple[str, str]
+
+
+def worker_of(host: str) -> str:
+    """Whose consumer it is."""
+    return host.partition(":")[0]
 
 
 @dataclass(eq=False)
@@ -203,14 +210,20 @@ class Model(RuleBasedStateMachine):
             self.states[batch.job(index)] = "open"
             self.records |= dict.fromkeys(batch.pieces(index), Record())
 
-    def is_due(self, piece: Piece, where: str, served: list[int]) -> bool:
-        """It may be taken by a host that serves these versions to its run."""
+    def is_due(self, piece: Piece, where: str, host: str, served: list[int]) -> bool:
+        """It may be taken by this host, which serves these versions to its run."""
         wait = self.waits.get(piece, READY)
         if where == "parked":
             return bool(served) and wait.score <= served[-1]
         if where == "exact":
             return wait.score in served
-        return where in ("backlog", "ready") or (where == "delayed" and wait.score == PAST_MS)
+        if where == "delayed":
+            return wait.score == PAST_MS or self.is_passed_to(host, piece)
+        return where in ("backlog", "ready")
+
+    def is_passed_to(self, host: str, piece: Piece) -> bool:
+        """It was left to this host."""
+        return self.waits.get(piece, READY).name == "passed" and self.records[piece].passed == worker_of(host)
 
     def pull(self, host: str, wanted: int, served: dict[str, list[int]], bound: int, reply_lost: bool) -> None:
         before = self.run(self.pool.places(RUNS))
@@ -222,16 +235,19 @@ class Model(RuleBasedStateMachine):
         eligible = {
             piece
             for piece, [where, *_] in before.items()
-            if self.is_open(piece) and self.is_due(piece, where, served[piece[0]])
+            if self.is_open(piece) and self.is_due(piece, where, host, served[piece[0]])
             if served[piece[0]] and piece[0] not in pulled.full
         }
         taken = [(entry.run, entry.job) for entry in pulled.entries]
-        assert len(set(taken)) == len(taken) == min(wanted, len(eligible))
+        assert len(set(taken)) == len(taken) <= min(wanted, len(eligible))
+        # Of what was left to it a call looks at no more than it takes, whichever of it may run.
+        left = {piece for piece in eligible if before[piece] == ["delayed"] and self.is_passed_to(host, piece)}
+        assert len(taken) >= min(wanted, len(eligible - left))
         assert set(taken) <= eligible
         for piece, [where, *_] in after.items():  # what became due and was not taken is first in its lane now
             if self.is_open(piece) and piece not in taken and [where] != before[piece]:
                 assert where == "ready"
-                assert self.is_due(piece, before[piece][0], served[piece[0]])
+                assert self.is_due(piece, before[piece][0], host, served[piece[0]])
         self.look_at_order(pulled.entries, before, after)
         for piece, entry in zip(taken, pulled.entries, strict=True):
             assert entry.record == self.records[piece]
@@ -322,6 +338,8 @@ class Model(RuleBasedStateMachine):
     def give_back(self, pick: int, place: Place) -> None:
         for delivery in self.chosen(pick):
             record = replace(delivery.entry.record, attempts=pick % 5, company=(None, 1, 9)[pick % 3], avoid="x")
+            if place.name == "passed":
+                record = replace(record, passed=worker_of(HOSTS[pick % len(HOSTS)]))
             given = self.run(self.pool.give_back(delivery.entry, place, by=delivery.host, record=record))
             assert given == (delivery.held and self.is_open(delivery.piece))
             delivery.held = False
@@ -351,8 +369,9 @@ class Model(RuleBasedStateMachine):
             faults=record.faults + (record.company == 1 and alone),
             losses=losses,
             company=company,
-            avoid=host.partition(":")[0],
+            avoid=worker_of(host),
             history=f"{record.history}lost\n",
+            passed=record.passed,
         )
 
     def renew(self, host: str) -> None:
@@ -403,6 +422,7 @@ class Model(RuleBasedStateMachine):
         keys = self.pool.keys
         remembered = {keys.batch(batch.run, batch.name) for batch in self.batches}
         remembered |= {keys.run(run) for run in RUNS}
+        remembered |= names & {keys.passed(worker_of(host)) for host in HOSTS}
         assert all(self.run(self.pool.server.ttl(name)) > 0 for name in names & remembered)
         assert names - remembered <= {keys.retries, keys.fair, keys.policy, keys.run_policy(RUNS[1])}
 

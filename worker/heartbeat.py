@@ -86,10 +86,12 @@ class Neighbours:
     async def anyone_else_may_run(self, job: PromptJob, worker: str) -> bool:
         """True when a host other than `worker` serves a policy that the job's tag allows."""
         await self._look()
-        return any(
-            host.name != worker and host.state == "serving" and any(map(job.may_run_on, host.versions_for(job.run)))
-            for host in self._seen
-        )
+        return any(host.name != worker and _may_run(host, job) for host in self._seen)
+
+    async def may_run(self, job: PromptJob, worker: str) -> bool:
+        """True when `worker` serves a policy that the job's tag allows."""
+        await self._look()
+        return any(host.name == worker and _may_run(host, job) for host in self._seen)
 
     async def _look(self) -> None:
         if self._clock() - self._seen_at < self._every_s:
@@ -102,6 +104,10 @@ class Neighbours:
         hosts = (Serving.read(values) for values in found if isinstance(values, list))  # else somebody's own key
         self._seen = [host for host in hosts if host is not None]
         self._seen_at = self._clock()
+
+
+def _may_run(host: Serving, job: PromptJob) -> bool:
+    return host.state == "serving" and any(map(job.may_run_on, host.versions_for(job.run)))
 
 
 async def works(client: Redis, keys: Keys, name: str) -> bool:

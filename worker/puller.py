@@ -9,13 +9,14 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from rollpool.schemas import GROUP, Group, Keys, Outcome, SamplingParams
 from rollpool.schemas.connection import runs_of
-from rollpool.schemas.scripts import Entry, exact, parked, pull, renew_async
+from rollpool.schemas.scripts import Entry, exact, parked, passed, pull, renew_async
 from rollpool.worker.clock import ServerClock
 from rollpool.worker.credits import MeanN, jobs_wanted
 from rollpool.worker.generator import Generator
@@ -25,7 +26,7 @@ from rollpool.worker.policy.offer import Offer
 from rollpool.worker.settler import Settler
 from rollpool.worker.suspects import admitted
 from rollpool.worker.tokenizer import PromptEncoder, PromptRefused, needs_thread
-from rollpool.worker.triage import Avoid, Budgets, Bury, Expire, Fail, Park, Passed, Run, Verdict, triage
+from rollpool.worker.triage import Avoid, Budgets, Bury, Expire, Fail, Park, Pass, Passed, Run, Verdict, triage
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,17 @@ BLOCK_MS = 1000
 
 #: Seconds for which a host leaves what it lost twice to the others, before it looks again whether there are any: each
 #: of them looks once meanwhile, wherever it is in its block. A time to wait, in the place of this, was in step with the
-#: looks of the same host: it met the job again and again, ahead of the others.
+#: looks of the same host: it met the job again and again, ahead of the others. A job that wishes for another host waits
+#: for that one as long.
 LEAVE_S = 2 * BLOCK_MS / 1000
+
+#: Milliseconds a host blocks while jobs come that wish for a host: what another passes on to it wakes nobody, and this
+#: is how long such a job may lie there. A turn of a conversation takes seconds.
+WISHED_BLOCK_MS = 100
+
+#: Seconds since the last such job after which there is no conversation to wait for: tools of minutes are rare, and the
+#: next turn finds the host in its block of a second at worst.
+WISHED_S = 60.0
 
 #: Seconds between looks when the pool has no run yet, or the server is out of reach.
 LOOK_AGAIN_S = 0.25
@@ -90,6 +100,7 @@ class Puller:
         self._runs_at = -math.inf
         self._stopping = False
         self._leaves_until = -math.inf
+        self._wished_at = -math.inf
         self._changed = asyncio.Event()
         #: True while jobs wait that this host could run, as far as the last pull showed.
         self.backlog = False
@@ -174,7 +185,7 @@ class Puller:
             return []
         try:
             reply = await self._reader.xreadgroup(
-                GROUP, self._consumer, dict.fromkeys(streams, ">"), count=1, block=BLOCK_MS
+                GROUP, self._consumer, dict.fromkeys(streams, ">"), count=1, block=self._block_ms()
             )
         except ResponseError as error:
             if not any(word in str(error) for word in ("NOGROUP", "UNBLOCKED")):
@@ -182,6 +193,10 @@ class Puller:
             await self._make_groups(streams)
             return []
         return await self._still_open(Entry.from_streams(reply))
+
+    def _block_ms(self) -> int:
+        wished = self._clock() - self._wished_at < WISHED_S
+        return min(BLOCK_MS, WISHED_BLOCK_MS) if wished else BLOCK_MS
 
     async def _make_groups(self, streams: Sequence[str]) -> None:
         """Begin again at its first entry what was never a stream, or vanished (FLUSHALL)."""
@@ -229,18 +244,25 @@ class Puller:
                 await self._turn_away(held, verdict)
         await self._start(running)
 
-    def _held(self, entry: Entry, verdict: Run | Avoid | Park | Passed | Expire | Fail, now: float) -> HeldJob:
-        if not isinstance(verdict, Run | Avoid):
+    def _held(self, entry: Entry, verdict: Run | Avoid | Pass | Park | Passed | Expire | Fail, now: float) -> HeldJob:
+        if not isinstance(verdict, Run | Avoid | Pass):
             return HeldJob.of(entry, verdict.job, now)
         policy = verdict.policy
         held = HeldJob.of(entry, verdict.job, now, generation=policy.generation)
         held.adapter, held.version = self._offer.adapter_of(policy), policy.version
+        if verdict.job.host is not None:
+            self._wished_at = now
+            if verdict.job.host == self._worker:  # whoever has it next need not ask here again
+                held.record = replace(held.record, passed=self._worker)
         return held
 
     async def _must_run_here(self, verdict: Verdict) -> bool:
-        if not isinstance(verdict, Avoid):
-            return False
-        return not await self._ask(self._neighbours.anyone_else_may_run(verdict.job, self._worker))
+        match verdict:
+            case Avoid(job=job):
+                return not await self._ask(self._neighbours.anyone_else_may_run(job, self._worker))
+            case Pass(job=job, host=host):
+                return not await self._ask(self._neighbours.may_run(job, host), unknown=False)
+        return False
 
     async def _turn_away(self, held: HeldJob, verdict: Verdict) -> None:
         match verdict:
@@ -249,6 +271,9 @@ class Puller:
             case Avoid():
                 self._settler.give_back(held)
                 self._leaves_until = self._clock() + LEAVE_S
+            case Pass(host=host):
+                until = self._server_clock.now_ms() + int(1000 * LEAVE_S)
+                self._settler.give_back(held, passed(until), record=replace(held.record, passed=host))
             case Expire() | Fail() if held.enough:
                 await self._settle_with_what_is_there(held)
             case Expire():
@@ -270,12 +295,12 @@ class Puller:
         if not refusals:
             self._settler.settle(held, self._dropped(held, "ok", None))
 
-    async def _ask(self, question: Awaitable[bool]) -> bool:
+    async def _ask(self, question: Awaitable[bool], *, unknown: bool = True) -> bool:
         try:
             return await question
         except RedisError as error:  # not known, and what was pulled with it must not wait for the answer
             log.warning("looking at the other hosts: %s", error)
-            return True
+            return unknown
 
     def _dropped(self, held: HeldJob, outcome: Outcome, error: str | None) -> Group:
         return held.group(outcome, worker=self._worker, now=self._clock(), error=error)

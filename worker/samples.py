@@ -97,6 +97,7 @@ def sample_of(
         text=text,
         finish_reason=completion.finish_reason,
         version_spans=_joined(spans),
+        cached_tokens=completion.cached_tokens if piece is None else piece.cached_tokens,
     )
 
 

@@ -39,6 +39,15 @@ class Avoid:
 
 
 @dataclass(frozen=True, slots=True)
+class Pass:
+    """Run it here, unless this host can be asked first: its engine is likely to have the beginning of the prompt."""
+
+    job: PromptJob
+    policy: Policy
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
 class Park:
     """Leave it for a host that serves `version` or newer to its run."""
 
@@ -75,7 +84,7 @@ class Bury:
     error: str
 
 
-Verdict = Run | Avoid | Park | Passed | Expire | Fail | Bury
+Verdict = Run | Avoid | Pass | Park | Passed | Expire | Fail | Bury
 
 
 def triage(entry: Entry, *, worker: str, offer: Offer, now_ms: int, budgets: Budgets) -> Verdict:
@@ -102,7 +111,11 @@ def triage(entry: Entry, *, worker: str, offer: Offer, now_ms: int, budgets: Bud
     if why := _used_up(record, budgets):
         return Fail(job, why)
     if policy := offer.choose(job):
-        return Avoid(job, policy) if _in_danger(record, worker) else Run(job, policy)
+        if _in_danger(record, worker):
+            return Avoid(job, policy)
+        if job.host is not None and job.host != worker and _untouched(record):
+            return Pass(job, policy, job.host)
+        return Run(job, policy)
     newest = offer.newest(job.run)
     if newest is None or newest < job.oldest_version:
         return Park(job, job.oldest_version)
@@ -123,3 +136,8 @@ def _used_up(record: Record, budgets: Budgets) -> str:
 def _in_danger(record: Record, worker: str) -> bool:
     """One loss may be anybody's; from the second on the host itself may be what is wrong."""
     return record.losses > 1 and record.avoid == worker
+
+
+def _untouched(record: Record) -> bool:
+    """Its host was not asked before, and has not lost it."""
+    return not record.passed and not record.losses

@@ -9,7 +9,7 @@ from rollpool.schemas.scripts.commit import commit, mark_read
 from rollpool.schemas.scripts.enqueue import Enqueued, enqueue
 from rollpool.schemas.scripts.entries import Entry, Record
 from rollpool.schemas.scripts.finish import expire, expire_async, finish, sweep
-from rollpool.schemas.scripts.give_back import READY, GiveBack, Place, delayed, exact, give_back, parked
+from rollpool.schemas.scripts.give_back import READY, GiveBack, Place, delayed, exact, give_back, parked, passed
 from rollpool.schemas.scripts.leases import reclaim, renew, renew_async
 from rollpool.schemas.scripts.publish import Answered, publish
 from rollpool.schemas.scripts.pull import Pulled, RunOffer, pull
@@ -43,6 +43,7 @@ __all__ = [
     "give_back",
     "mark_read",
     "parked",
+    "passed",
     "pending_of",
     "publish",
     "pull",

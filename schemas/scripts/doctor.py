@@ -30,6 +30,7 @@ KEY_KINDS: tuple[tuple[str, int | str, str], ...] = (
     ("retries", 0, "stream"),
     ("waiting", 0, "hash"),
     ("delayed", 0, "zset"),
+    ("passed", "*", "zset"),
     ("parked", 1, "zset"),
     ("exact", 1, "zset"),
     ("deadlines", 0, "zset"),

@@ -28,6 +28,8 @@ class Record:
     avoid: str = ""
     #: A line for each loss, the last ones.
     history: str = ""
+    #: The worker that it was left to for its cache, once, or that had it already; empty: nobody was asked yet.
+    passed: str = ""
 
     def fields(self) -> dict[str, str | int]:
         """As fields of an entry."""
@@ -39,6 +41,7 @@ class Record:
             "company": company,
             "avoid": self.avoid,
             "history": self.history,
+            "passed": self.passed,
         }
 
     @classmethod
@@ -53,6 +56,7 @@ class Record:
             company=_count(fields.get(b"company")) or None,
             avoid=fields.get(b"avoid", b"").decode(errors="replace"),
             history=fields.get(b"history", b"").decode(errors="replace"),
+            passed=fields.get(b"passed", b"").decode(errors="replace"),
         )
 
 

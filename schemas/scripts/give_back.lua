@@ -1,6 +1,6 @@
 -- Give jobs back unsettled: from this consumer to a place to wait.
--- KEYS[1] runs; ARGV[1] consumer; then for each job: stream, entry id, place (ready, delayed, parked or exact), score, how
---   many values follow, and these: the fields it carries from now on and their values, in turn.
+-- KEYS[1] runs; ARGV[1] consumer; then for each job: stream, entry id, place (ready, delayed, parked, exact or passed), score,
+--   how many values follow, and these: the fields it carries from now on and their values, in turn.
 -- A job that another consumer holds by now, or that is settled, is left alone.
 -- Returns one value a job: 1 given back, 0 not ours any more.
 local consumer, replies, at = ARGV[1], {}, 2

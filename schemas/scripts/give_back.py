@@ -17,7 +17,7 @@ _SCRIPT = Script("give_back")
 class Place:
     """Where a job waits; made by the functions below."""
 
-    name: Literal["ready", "delayed", "parked", "exact"]
+    name: Literal["ready", "delayed", "parked", "exact", "passed"]
     score: int = 0
 
 
@@ -38,6 +38,11 @@ def parked(version: int) -> Place:
 def exact(version: int) -> Place:
     """For a host that serves this version."""
     return Place("exact", version)
+
+
+def passed(until_ms: int) -> Place:
+    """For the worker that its record calls `passed`; from a time of the server on for anybody."""
+    return Place("passed", until_ms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,10 @@
 --   delayed         sorted set of names by server time in ms
 --   parked:RUN      sorted set of names by the oldest policy version that may run it
 --   exact:RUN       sorted set of names by the one policy version that may run it
--- and its state is a field of batches:RUN:ID, INDEX -> 'open' or its outcome. A name is RUN:LANE:JOB, a job is BATCH/INDEX,
--- with #PART where its group is split; the fields of a waiting job are in the hash `waiting`, by its name. A name without
+-- The sorted set passed:WORKER is no place: it names jobs in `delayed` that this worker may take before their time, scored
+-- by that time, and vanishes soon after it. A job with another time, or none, is not meant any more.
+-- The state of a job is a field of batches:RUN:ID, INDEX -> 'open' or its outcome. A name is RUN:LANE:JOB, a job is
+-- BATCH/INDEX, with #PART where its group is split; the fields of a waiting job are in the hash `waiting`, by its name. A name without
 -- fields there is a tombstone, discarded by whoever meets it.
 --
 -- A key that holds another type than it should was made by hand. It is read as empty, so that it keeps nobody else
@@ -22,6 +24,8 @@ local LANES = {'high', 'default', 'low'}
 local IS_LANE = {high = true, default = true, low = true}
 -- Sorted sets of each run; `delayed` is one for all.
 local SORTED = {'parked', 'exact'}
+-- Ms that passed:WORKER outlasts the time of its last job.
+local PASSED_GRACE_MS = 1000
 
 local function key(kind, run, more)
   if more then return PREFIX .. kind .. ':' .. run .. ':' .. more end
@@ -147,9 +151,22 @@ local function wait(fields, stream, place, score)
   write('HSET', key('waiting'), name, cmsgpack.pack(fields))
   if place == 'ready' then
     write('RPUSH', key('ready', run, lane), name)
+  elseif place == 'parked' or place == 'exact' then
+    write('ZADD', key(place, run), score, name)
   else
-    write('ZADD', place == 'delayed' and key(place) or key(place, run), score, name)
+    write('ZADD', key('delayed'), score, name)
+    if place == 'passed' then
+      local passed = key('passed', field(fields, 'passed') or '')
+      write('ZADD', passed, score, name)
+      redis.call('PEXPIREAT', passed, score + PASSED_GRACE_MS)
+    end
   end
+end
+
+-- A name that left its sorted set goes to the front of its lane.
+local function to_ready(name)
+  local run, lane = string.match(name, '^([^:]+):([^:]+):')
+  if IS_LANE[lane] and try('HEXISTS', key('waiting'), name) == 1 then write('RPUSH', key('ready', run, lane), name) end
 end
 
 -- Move names from a sorted set to the front of their lanes. Returns how many left the set.
@@ -157,16 +174,14 @@ local function release(place, from, upto, most)
   local names = try('ZRANGEBYSCORE', place, from, upto, 'LIMIT', 0, most) or {}
   for _, name in ipairs(names) do
     redis.call('ZREM', place, name)
-    local run, lane = string.match(name, '^([^:]+):([^:]+):')
-    if IS_LANE[lane] and try('HEXISTS', key('waiting'), name) == 1 then
-      write('RPUSH', key('ready', run, lane), name)
-    end
+    to_ready(name)
   end
   return #names
 end
 
 -- What delivery has cost a job so far is carried in fields of its entry; a move replaces them.
-local CARRIED = {attempts = true, faults = true, losses = true, company = true, avoid = true, history = true, done = true}
+local CARRIED = {attempts = true, faults = true, losses = true, company = true, avoid = true, history = true, passed = true,
+  done = true}
 
 local function without_carried(fields)
   local kept = {}

@@ -211,6 +211,21 @@ local function serve_lane(runs, lane)
   end
 end
 
+-- What others left to this host, and is still there for it.
+local function release_passed()
+  local passed, delayed = key('passed', string.match(consumer, '^(.*):') or consumer), key('delayed')
+  local left = try('ZRANGEBYSCORE', passed, '-inf', '+inf', 'WITHSCORES', 'LIMIT', 0, wanted) or {}
+  for at = 1, #left, 2 do
+    local name = left[at]
+    redis.call('ZREM', passed, name)
+    if try('ZSCORE', delayed, name) == left[at + 1] then
+      redis.call('ZREM', delayed, name)
+      to_ready(name)
+    end
+  end
+end
+
+release_passed()
 release(key('delayed'), '-inf', now_ms(), wanted)
 local runs, lanes = active_runs(), 0
 for _, lane in ipairs(LANES) do

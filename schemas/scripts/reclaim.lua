@@ -50,7 +50,8 @@ local function charged(fields, consumer, alone)
   if line ~= '' then history = string.sub(history .. line .. '\n', -HISTORY) end
   local carried = {
     'attempts', attempts, 'faults', faults, 'losses', losses, 'company', company_after(losses, allowed),
-    'avoid', string.match(consumer, '^(.*):') or '', 'history', history, 'done', field(fields, 'done') or '',
+    'avoid', string.match(consumer, '^(.*):') or '', 'history', history,
+    'passed', field(fields, 'passed') or '', 'done', field(fields, 'done') or '',
   }
   for _, value in ipairs(carried) do kept[#kept + 1] = tostring(value) end
   return kept

@@ -76,6 +76,19 @@ async def test_another_host_may_run_a_job_on_any_of_what_it_serves_to_its_run(
     assert not await others.neighbours.anyone_else_may_run(asked, "a")
 
 
+async def test_a_host_by_its_name_may_run_what_it_serves(others: Others) -> None:
+    await others.beat("a", policy=5)
+    await others.beat("b", policy=6)
+    await others.beat("c", policy=6, state="changing")
+    newer = job(policy_version=6, max_staleness=0)
+    assert [await others.neighbours.may_run(newer, name) for name in ("a", "b", "c", "nobody")] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
 @pytest.mark.parametrize("state", ["starting", "changing", "suspended", "paused", "stopping", "broken"])
 async def test_only_a_host_that_serves_may_run_a_job(others: Others, state: str) -> None:
     await others.beat("a", policy=5, heading=5, state=state)

@@ -20,6 +20,7 @@ from rollpool.schemas.scripts import (
     expire_async,
     give_back,
     parked,
+    passed,
     pull,
 )
 from rollpool.schemas.scripts.finish import AT_ONCE, EXPIRE_CALLS
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.both_servers
 
 #: A time of the server that is over, and one that never comes.
 PAST_MS, NEVER_MS = 1, 10**15
-EVERYWHERE = [READY, delayed(NEVER_MS), parked(9), exact(9)]
+EVERYWHERE = [READY, delayed(NEVER_MS), parked(9), exact(9), passed(NEVER_MS)]
 
 
 @pytest.fixture
@@ -292,6 +293,58 @@ async def test_a_worker_that_leaves_nothing_to_others_gets_what_it_lost(pool: Po
     offers = [RunOffer(RUN, 5, (5,))]
     assert not (await pull(pool.client, pool.keys, offers=offers, consumer="a:1", wanted=9, leave="a")).entries
     assert jobs_of((await pull(pool.client, pool.keys, offers=offers, consumer="a:1", wanted=9)).entries) == ["b/0"]
+
+
+async def pass_on(pool: Pool, worker: str, until_ms: int, count: int = 1) -> None:
+    """Jobs 0 to `count` - 1 wait for this worker."""
+    await pool.put(count)
+    for entry in await pool.take(count):
+        assert await pool.give_back(entry, passed(until_ms), record=Record(passed=worker))
+
+
+async def test_what_is_passed_on_is_for_its_worker_alone_until_its_time(pool: Pool) -> None:
+    soon = await pool.now_ms() + 600_000
+    await pass_on(pool, "a", soon, 3)
+    assert await pool.take(by="b:1") == []
+    mine = await pool.take(2, by="a:7")
+    assert jobs_of(mine) == ["b/0", "b/1"]
+    assert {entry.record for entry in mine} == {Record(passed="a")}, "it cost nothing"
+    assert 600_000 <= await pool.server.pexpiretime(pool.keys.passed("a")) - (soon - 600_000) <= 602_000
+    await pool.server.zadd(pool.keys.delayed, {"run:default:b/2": PAST_MS})  # its time comes
+    assert jobs_of(await pool.take(by="b:1")) == ["b/2"]
+    await pool.check("b")
+
+
+async def test_a_job_whose_time_was_over_and_that_is_delayed_since_waits_for_its_new_time(pool: Pool) -> None:
+    await pass_on(pool, "a", await pool.now_ms() + 600_000)
+    name = "run:default:b/0"
+    await pool.server.zadd(pool.keys.delayed, {name: NEVER_MS})  # a loss elsewhere: its backoff
+    assert await pool.take(by="a:1") == []
+    assert await pool.server.zscore(pool.keys.delayed, name) == NEVER_MS
+    await pool.check("b")
+
+
+async def test_what_is_passed_on_and_cancelled_is_no_more(pool: Pool) -> None:
+    await pass_on(pool, "a", await pool.now_ms() + 600_000, 2)
+    assert await pool.finish(0, 0) == 1
+    assert jobs_of(await pool.take(by="a:1")) == ["b/1"]
+    assert await pool.server.exists(pool.keys.passed("a")) == 0
+    await pool.check("b")
+
+
+async def test_what_a_dead_worker_had_was_passed_on_all_the_same(pool: Pool) -> None:
+    await pass_on(pool, "a", await pool.now_ms() + 600_000)
+    await pool.take(by="a:1")
+    assert pool.reclaim() == 1
+    [entry] = await pool.take(by="b:1")
+    assert entry.record == Record(attempts=1, losses=1, avoid="a", history="lost\n", passed="a")
+
+
+async def test_a_key_of_another_type_keeps_nobody_from_being_asked(pool: Pool) -> None:
+    await pool.server.set(pool.keys.passed("a"), "mine")
+    assert await pool.take(by="a:1") == []
+    await pass_on(pool, "a", await pool.now_ms() + 600_000)
+    assert jobs_of(await pool.take(by="a:1")) == ["b/0"]
 
 
 async def test_what_waited_off_its_lane_is_leased_and_reclaimed_like_any_other(pool: Pool) -> None:

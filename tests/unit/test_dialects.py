@@ -192,6 +192,18 @@ def test_a_reply_that_is_not_whole_is_the_engines_fault(spoil: Any) -> None:
         Main().parse_generate(spoil(reply(asked, rows_of(3))), asked)
 
 
+@BOTH
+@pytest.mark.parametrize(
+    ("told", "known"),
+    [({"cached_tokens": 4}, 4), ({"cached_tokens": 0}, 0), ({}, None), ({"cached_tokens": "4"}, None)],
+)
+def test_the_cached_part_of_the_prompt_is_told_where_the_engine_tells_it(
+    dialect: Main | Post1, told: dict[str, Any], known: int | None
+) -> None:
+    asked = request()
+    assert dialect.parse_generate(reply(asked, rows_of(3), **told), asked).cached_tokens == known
+
+
 def test_an_abort_that_was_asked_for_keeps_what_there_is() -> None:
     asked = request()
     done = Main().parse_generate(reply(asked, rows_of(2), finish_reason={"type": "abort"}), asked, aborted=True)

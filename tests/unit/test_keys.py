@@ -20,7 +20,7 @@ def every_key(keys: Keys, run: str, batch: str, worker: str) -> list[str]:
         *(keys.run_policy(run), keys.generations, keys.publisher),
         *(keys.batch(run, batch), keys.parts(run, batch), keys.results(run, batch)),
         *(keys.open_batches(run), keys.run(run), keys.fair),
-        *(keys.rollout, keys.sweep, keys.ended, keys.worker(worker)),
+        *(keys.rollout, keys.sweep, keys.ended, keys.worker(worker), keys.passed(worker)),
     ]
 
 

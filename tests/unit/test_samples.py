@@ -1,5 +1,6 @@
 """A sample that is made in pieces has every token once, with the version that made it, and never too many."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,13 @@ def test_what_an_engine_does_not_take_as_a_prompt_is_made_again() -> None:
 )
 def test_only_what_an_engine_would_go_on_with_alike_is_gone_on_with(fields: dict[str, Any], possible: bool) -> None:
     assert can_go_on(job(**fields)) == possible
+
+
+def test_the_cached_part_of_the_prompt_is_that_of_the_first_request() -> None:
+    begun = sample_of(replace(made(1, 0, 2), cached_tokens=2), 1, None, decode)
+    ended = sample_of(replace(made(1, 2, 2, reason="length"), cached_tokens=5), 1, begun, decode)
+    assert (begun.cached_tokens, ended.cached_tokens) == (2, 2)
+    assert sample_of(made(1, 0, 2), 1, None, decode).cached_tokens is None
 
 
 def test_a_finished_sample_is_no_piece() -> None:

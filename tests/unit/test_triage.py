@@ -12,7 +12,7 @@ from rollpool.schemas import Policy, PromptJob
 from rollpool.schemas.scripts import Entry
 from rollpool.schemas.wire import pack, pack_model
 from rollpool.worker.policy.offer import Offer
-from rollpool.worker.triage import Avoid, Budgets, Bury, Expire, Fail, Park, Passed, Run, Verdict, triage
+from rollpool.worker.triage import Avoid, Budgets, Bury, Expire, Fail, Park, Pass, Passed, Run, Verdict, triage
 
 BUDGETS = Budgets(attempts=3, faults=2)
 
@@ -143,6 +143,33 @@ def test_a_job_that_fails_says_how_often_it_was_lost_and_how_the_last_time(count
 )
 def test_a_job_that_was_lost_here_twice_is_for_another_host(carried: dict[str, Any], verdict: type[Verdict]) -> None:
     assert isinstance(judged(entry_of(job(), **carried)), verdict)
+
+
+@pytest.mark.parametrize(
+    ("host", "carried", "verdict"),
+    [
+        (None, {}, Run),
+        ("me", {}, Run),
+        ("another", {}, Pass),
+        ("another", {"passed": b"another"}, Run),  # it was asked before
+        ("another", {"passed": b"yet-another"}, Run),
+        ("another", {"losses": b"1", "avoid": b"another"}, Run),  # where it was lost there is nothing to wait for
+        ("another", {"losses": b"2", "avoid": b"me"}, Avoid),
+        ("another", {"attempts": b"3"}, Fail),
+    ],
+)
+def test_a_job_that_wishes_for_another_host_is_left_to_it_once(
+    host: str | None, carried: dict[str, Any], verdict: type[Verdict]
+) -> None:
+    found = judged(entry_of(job(host=host), **carried))
+    assert isinstance(found, verdict)
+    if isinstance(found, Pass):
+        assert (found.host, found.policy.version) == ("another", 0)
+
+
+def test_what_a_host_may_not_run_anyway_is_not_left_to_the_host_it_wishes_for() -> None:
+    assert isinstance(judged(entry_of(job(host="another", policy_version=5, max_staleness=0)), version=4), Park)
+    assert isinstance(judged(entry_of(job(host="another", deadline_ms=0)), now_ms=1), Expire)
 
 
 def test_what_a_host_may_not_run_anyway_is_not_avoided() -> None:

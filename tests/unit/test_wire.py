@@ -105,6 +105,7 @@ def _jobs(draw: st.DrawFn) -> PromptJob:
         exact=draw(st.booleans()),
         deadline_ms=draw(st.none() | st.integers(0, 2**53)),
         endpoint=draw(st.sampled_from(["generate", "chat"])),
+        host=draw(st.none() | names),
         metadata=draw(values),
         **draw(shapes),
     )
@@ -123,6 +124,7 @@ def _samples(draw: st.DrawFn) -> Sample:
         text=draw(st.text()),
         finish_reason=draw(st.sampled_from(["stop", "length", "abort"])),
         version_spans=(VersionSpan(1, 0, cut), VersionSpan(2, cut, len(ids))),
+        cached_tokens=draw(st.none() | st.integers(0, 2**31)),
     )
 
 
@@ -428,6 +430,21 @@ def golden_models() -> dict[str, BaseModel]:
         finish_reason="stop",
         version_spans=(VersionSpan(11, 0, 2), VersionSpan(12, 2, 3)),
     )
+    group = Group(
+        run="run-1",
+        batch="step-12",
+        index=0,
+        outcome="ok",
+        policy_version=12,
+        prompt_ids=np.array([1, 2, 3], np.int32),
+        samples=(sample, sample),
+        sampling=sampling,
+        metadata={"weights": np.array([0.5], np.float32)},
+        error="none",
+        worker="tpu-0",
+        seconds=1.5,
+    )
+    cached = sample.model_copy(update={"cached_tokens": 2})
     return {
         "job_text": job(
             0, "Wie viel ist 5 + 7?", n=8, sampling=sampling, max_staleness=2, deadline_ms=1_800_000_000_000
@@ -438,20 +455,9 @@ def golden_models() -> dict[str, BaseModel]:
         ),
         "job_part": job(3, "5 + 7?", n=4, parts=3, part=2),
         "job_with_enough": job(4, "5 + 7?", n=8, min_samples=6),
-        "group": Group(
-            run="run-1",
-            batch="step-12",
-            index=0,
-            outcome="ok",
-            policy_version=12,
-            prompt_ids=np.array([1, 2, 3], np.int32),
-            samples=(sample, sample),
-            sampling=sampling,
-            metadata={"weights": np.array([0.5], np.float32)},
-            error="none",
-            worker="tpu-0",
-            seconds=1.5,
-        ),
+        "job_with_host": job(5, "5 + 7?", host="tpu-0"),
+        "group": group,
+        "group_with_cache": group.model_copy(update={"samples": (cached, sample)}),
         "command": Command(policy=Policy(version=12, checkpoint="/ckpt/12", run="run-1")),
     }
 

@@ -148,6 +148,7 @@ class Dialect(ABC):
             finish_reason=reason,
             prompt_tokens=meta.get("prompt_tokens") or len(request.input_ids),
             completion_tokens=count,
+            cached_tokens=_count(meta.get("cached_tokens")),
             version_spans=_spans(meta.get("weight_versions"), count, request.rid),
         )
 
@@ -489,6 +490,11 @@ def _columns(rows: list[Any], rid: str) -> tuple[NDArray[np.int32], NDArray[np.f
             f"the engine's log-prob of token {where} of {rid} is {rows[where][0]}, not a finite number"
         )
     return ids, logprobs
+
+
+def _count(told: Any) -> int | None:
+    """A number that is for people alone: what is none is not told."""
+    return told if type(told) is int and told >= 0 else None
 
 
 def _spans(told: Any, count: int, rid: str) -> tuple[VersionSpan, ...]:

@@ -122,6 +122,8 @@ class Completion:
     #: As the engine counted them.
     prompt_tokens: int
     completion_tokens: int
+    #: Tokens of the prompt that were in its prefix cache; None where it does not say.
+    cached_tokens: int | None = None
     #: Which versions of the engine's own weights made which tokens, where the engine tells; empty: those that it was
     #: opened with, or changed to last, made them all.
     version_spans: tuple[VersionSpan, ...] = ()
