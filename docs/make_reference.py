@@ -69,6 +69,7 @@ MODULES = {
     "rollpool.producer": ("The trainer's side", ("RolloutPool", "Batch", "enqueue_prompts", "pack", "PackedBatch")),
     "rollpool.schemas": ("The words both sides share", ("SamplingParams", "Group", "Sample", "VersionSpan", "Policy")),
     "rollpool.worker": ("The host's side", ()),
+    "rollpool.ops": ("One process", ("local_pool", "split_devices", "LocalPool", "DeviceSplit")),
 }
 
 
