@@ -75,7 +75,11 @@ class EmbeddedEngine:
                 run_scheduler_loop_thread_after_create=self._run_scheduler,
                 run_detokenizer_thread=self._run_detokenizer,
             ):
-                engine = module.Engine(**arguments, enable_single_process=True)
+                try:
+                    engine = module.Engine(**arguments, enable_single_process=True)
+                except BaseException:
+                    self._ending.set()  # what had begun before it failed
+                    raise
         # Its own end kills all children of this process, the trainer's data loaders included.
         atexit.unregister(engine.shutdown)
         engine.loop.close()  # it would be asked in a loop of its own
