@@ -29,7 +29,7 @@ INTERRUPTED = 130
 
 #: Policy updates of a whole run: by the staleness, since old tokens teach less; and of an adapter, which has fewer
 #: weights to change.
-STEPS = {"checkpoint": 12, "lora": 20, "in_process": 12}
+STEPS = {"checkpoint": 12, "lora": 24, "in_process": 12}
 STEPS_PER_STALENESS = 3
 
 #: The short form shows a rise, and does not wait for the end of it.
