@@ -929,6 +929,8 @@ def test_a_closed_pool_says_so(redis_url):
         pool.current_policy()
 
 
+# JAX, where another test has used it, warns of every fork.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_is_told_to_make_its_own_pool(blocking_pool):
     reading, writing = os.pipe()
