@@ -34,7 +34,7 @@ STEPS = {"checkpoint": 12, "lora": 24, "in_process": 12}
 STEPS_PER_STALENESS = 3
 
 #: The short form shows a rise, and does not wait for the end of it. After 6 updates the reward was between 0.19 and
-#: 0.29, too near to the start to be told from it each time. Many held-out prompts of one sample tell a mean more exactly
+#: 0.29, too near to the start to be told from it each time. Many held-out prompts of one sample tell a mean better
 #: than few of many.
 SHORT = Plan(steps=8, held_out=256, held_out_samples=1)
 
