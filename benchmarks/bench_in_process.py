@@ -18,10 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
-)  # before JAX is imported
+from rollpool.ops.local.engine_settings import cpu_engine_env, cpu_in_process
+
+os.environ.update(cpu_engine_env(8))  # before JAX is imported
 
 import numpy as np
 
@@ -145,18 +144,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--swaps", type=int, default=20)
     options = parser.parse_args()
-    engine = {
-        "max_running_requests": SLOTS,
-        "max_seq_len": 256,
-        "prefill_tokens": 128,
-        "engine_args": {
-            "attention_backend": "native",
-            "dtype": "float32",
-            "mem_fraction_static": 0.1,
-            "max_total_tokens": 2048,
-            "disable_overlap_schedule": True,
-        },
-    }
+    engine = cpu_in_process(max_running_requests=SLOTS)
     split = split_devices(rollout=4)
     with TemporaryDirectory() as folder:
         models = [make_tiny_model(Path(folder) / f"tiny-{seed}", seed=seed) for seed in (1, 2)]

@@ -8,6 +8,7 @@ with its engine, the server.
 import asyncio
 import atexit
 import contextlib
+import functools
 import logging
 import tempfile
 import threading
@@ -15,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from rollpool.ops.devices import refuse_multi_host, refuse_overlap
 from rollpool.ops.local.server import LocalServer
@@ -28,6 +29,9 @@ from rollpool.worker.sources import Sources
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 #: Seconds between looks whether the engine serves.
 _LOOK_S = 0.1
 
@@ -39,10 +43,23 @@ _LEASE_S = 60.0
 _STOP_S = 90.0
 
 
+def _while_served(method: Callable[Concatenate["LocalPool", P], R]) -> Callable[Concatenate["LocalPool", P], R]:
+    """A method for which somebody has to serve the pool."""
+
+    @functools.wraps(method)
+    def call(self: "LocalPool", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self.check()
+        return method(self, *args, **kwargs)
+
+    return call
+
+
 class LocalPool(RolloutPool):
     """A `RolloutPool` with its host in this process; made by `local_pool`.
 
-    Whatever is asked after its host has ended raises EngineUnavailable, with the reason.
+    Should the host end by a fault, what is open is cancelled, so that nobody collects for ever, and enqueueing,
+    publishing and waiting for a policy raise EngineUnavailable, with the reason. An engine that fails is no such fault:
+    the host starts it anew.
     """
 
     def __init__(self, host: "_HostThread", stack: contextlib.ExitStack, *args: Any, **kwargs: Any) -> None:
@@ -58,8 +75,15 @@ class LocalPool(RolloutPool):
         super().close()
         self._stack.close()
 
+    enqueue_prompts = _while_served(RolloutPool.enqueue_prompts)
+    publish_policy = _while_served(RolloutPool.publish_policy)
+    wait_for_policy = _while_served(RolloutPool.wait_for_policy)
+
+    def check(self) -> None:
+        """Raise EngineUnavailable where the host has ended."""
+        self._host.check()
+
     def _nobody_serves(self) -> None:
-        """Whoever collects must not wait for ever."""
         with contextlib.suppress(RollpoolError):
             self.cancel()
 
@@ -197,12 +221,16 @@ class _HostThread:
         if self._thread.is_alive():
             log.error("the host did not end within %.0f s; it ends with the process", _STOP_S)
 
+    def check(self) -> None:
+        """Raise EngineUnavailable where the host has ended."""
+        if self._error is not None or not self._thread.is_alive():
+            raise EngineUnavailable(f"the host in this process ended: {self._error}") from self._error
+
     def until_serving(self, timeout: float) -> None:
         """Wait until the engine serves. Raises EngineUnavailable with the reason why it does not."""
         until, shown = time.monotonic() + timeout, ""
         while (status := self._host.status()).state != "serving":
-            if not self._thread.is_alive():
-                raise EngineUnavailable(f"the host in this process ended: {self._error}") from self._error
+            self.check()
             if status.state == "broken" and status.error:
                 raise EngineUnavailable(status.error)
             if status.error and status.error != shown:

@@ -20,8 +20,6 @@ from rollpool.producer.pool import BACKLOG_LIMIT, AsyncRolloutPool
 from rollpool.producer.portal import Portal
 from rollpool.producer.progress import Show, progress_bar
 from rollpool.producer.resume import State
-from rollpool.schemas.commands import ChangeMode, ChangeWay
-from rollpool.schemas.policies import Policy
 from rollpool.schemas.results import Group
 from rollpool.schemas.staleness import StalenessRule
 
@@ -101,6 +99,18 @@ def _blocking_batch(
     return _named_after(method, call, returns=Batch)
 
 
+def _blocking_put(
+    method: Callable[Concatenate[AsyncRolloutPool, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate["RolloutPool", P], R]:
+    """As `_blocking`, but that parameters are put in the caller's thread, which alone may use its arrays."""
+
+    def call(self: "RolloutPool", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        published = self._put(*args, **kwargs)  # type: ignore[arg-type]
+        return self._portal.run(method(self._pool, *args, **published))
+
+    return _named_after(method, call)
+
+
 def _named_after(method: Callable[..., Any], twin: Callable[P, R], **returns: type[Any]) -> Callable[P, R]:
     """Give the twin the name, documentation and signature of its method, for `help` and editors."""
     functools.update_wrapper(twin, method)
@@ -160,40 +170,18 @@ class RolloutPool:
     rollback_policy = _blocking(AsyncRolloutPool.rollback_policy)
     current_policy = _blocking(AsyncRolloutPool.current_policy)
     wait_for_policy = _blocking(AsyncRolloutPool.wait_for_policy)
+    publish_policy = _blocking_put(AsyncRolloutPool.publish_policy)
 
-    def publish_policy(
-        self,
-        version: int,
-        *,
-        checkpoint: str | None = None,
-        lora_path: str | None = None,
-        params: Any = None,
-        mapping: Any = None,
-        base: str | None = None,
-        mode: ChangeMode | None = None,
-        way: ChangeWay = "auto",
-        min_serving: int | None = None,
-        check: bool = True,
-    ) -> Policy:
-        """Set below: the words of `AsyncRolloutPool.publish_policy`."""
-        if params is not None:
-            known = self._portal.run(self._pool.put_before(version, checkpoint, lora_path, base))
-            checkpoint = known or self._pool.put_params(version, params, mapping)
-            check = check and known is None and self._pool.checks_params
-        return self._portal.run(
-            self._pool.publish_policy(
-                version,
-                checkpoint=checkpoint,
-                lora_path=lora_path,
-                base=base,
-                mode=mode,
-                way=way,
-                min_serving=min_serving,
-                check=check,
-            )
-        )
-
-    publish_policy.__doc__ = AsyncRolloutPool.publish_policy.__doc__
+    def _put(
+        self, version: int, *, params: Any = None, mapping: Any = None, check: bool = True, **others: Any
+    ) -> dict[str, Any]:
+        """What is published of these arguments, once parameters among them were put, in the calling thread."""
+        if params is None:
+            return others | {"check": check}
+        sources = [others.pop(name, None) for name in ("checkpoint", "lora_path", "base")]
+        known = self._portal.run(self._pool.put_before(version, *sources))
+        checkpoint = known or self._pool.put_params(version, params, mapping)
+        return others | {"checkpoint": checkpoint, "check": check and known is None and self._pool.checks_params}
 
     def groups(self, n: int | None = None, timeout: float | None = None) -> Generator[Group, None, None]:
         """Yield `ok` groups of all batches in `batches` as they finish; parameters and errors as `AsyncRolloutPool`."""

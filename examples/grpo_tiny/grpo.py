@@ -14,8 +14,8 @@ import optax
 from numpy.typing import NDArray
 
 #: The largest importance ratio. It cuts the weight of a token, not its gradient (CISPO, arXiv 2506.13585): tokens of a
-#: policy two versions old differ so much that PPO's clip silenced nine in ten of them, and training took more than
-#: twice the steps.
+#: policy two versions old differ so much that PPO's clip silenced nine in ten of them, and 16 to 20 updates came to
+#: 0.25 to 0.40 where 16 come to 0.90 so.
 RATIO_MAX = 2.0
 
 

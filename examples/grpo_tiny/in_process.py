@@ -23,28 +23,13 @@ from rich.console import Console
 
 from rollpool.ops import local_pool, split_devices
 from rollpool.ops.local.engine_env import ensure_engine_env
-from rollpool.ops.local.engine_settings import cpu_engine_env
-from rollpool.ops.local.hosts import MAX_RUNNING_REQUESTS
+from rollpool.ops.local.engine_settings import cpu_engine_env, cpu_in_process
 from rollpool.producer import RolloutPool
 from rollpool.schemas import RollpoolError
 
 from . import model
 from .train import FIRST, History, Learner, Score, Step
 from .ways import checkpoint_learner, tiny_checkpoint
-
-#: What the engine on CPU needs; the same as of a server.
-ENGINE = {
-    "max_running_requests": MAX_RUNNING_REQUESTS,
-    "max_seq_len": 256,
-    "prefill_tokens": 128,
-    "engine_args": {
-        "attention_backend": "native",
-        "dtype": "float32",
-        "mem_fraction_static": 0.1,
-        "max_total_tokens": 2048,
-        "disable_overlap_schedule": True,
-    },
-}
 
 #: Of the engine's interpreter: what it must have beside sglang-jax.
 _NEEDED = "import rollpool.ops.in_process, rollpool.worker, optax, rich, safetensors, matplotlib"
@@ -60,7 +45,9 @@ def open_in_process() -> Iterator[tuple[RolloutPool, Learner]]:
     """A pool that serves version `FIRST`, and what is to be trained; on devices of this process."""
     base, split = tiny_checkpoint(), split_devices(rollout=4)
     with (
-        local_pool(base, rollout_devices=split.rollout, train_devices=split.train, engine=ENGINE, run="grpo") as pool,
+        local_pool(
+            base, rollout_devices=split.rollout, train_devices=split.train, engine=cpu_in_process(), run="grpo"
+        ) as pool,
         jax.default_device(split.train.devices.flat[0]),
     ):
         learner = checkpoint_learner(pool, base)

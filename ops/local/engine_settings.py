@@ -10,7 +10,7 @@ the numpy oracle computes; only speed depends on the values chosen here.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 EngineLine = Literal["0.0.1.post1", "main"]
 
@@ -99,3 +99,24 @@ def cpu_engine_args(
         "--jax-precompile-decode-bs-paddings",
         slots,
     ]
+
+
+def cpu_in_process(*, context_length: int = 256, max_running_requests: int = 16) -> dict[str, Any]:
+    """The `engine` of `local_pool` that serves the tiny model on CPU, by the main line; figures as above.
+
+    Args:
+        context_length: Longest prompt and answer together.
+        max_running_requests: Requests decoded at once.
+    """
+    return {
+        "max_running_requests": max_running_requests,
+        "max_seq_len": context_length,
+        "prefill_tokens": _PREFILL_TOKENS,
+        "engine_args": {
+            "attention_backend": "native",
+            "dtype": "float32",
+            "mem_fraction_static": 0.1,
+            "max_total_tokens": max(_POOL_TOKENS_PER_SLOT * max_running_requests, context_length + 1),
+            "disable_overlap_schedule": True,
+        },
+    }

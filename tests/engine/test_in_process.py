@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from rollpool.ops.inspect import read_workers
+from rollpool.ops.local.engine_settings import cpu_engine_env, cpu_in_process
 from rollpool.ops.local.reference import ReferenceModel, check_sample
 from rollpool.ops.local.server import LocalServer
 from rollpool.ops.local.tiny_adapter import make_tiny_adapter
@@ -50,34 +51,15 @@ pytestmark = [
 #: Largest difference of a log-prob that is not a fault.
 TOLERANCE = 0.016
 
-ENGINE: dict[str, Any] = {
-    "max_running_requests": 16,
-    "max_seq_len": 256,
-    "prefill_tokens": 128,
-    "engine_args": {
-        "attention_backend": "native",
-        "dtype": "float32",
-        "mem_fraction_static": 0.1,
-        "max_total_tokens": 2048,
-        "disable_overlap_schedule": True,
-    },
-}
+ENGINE = cpu_in_process()
 SAMPLING = SamplingParams(max_new_tokens=24, temperature=1.0, ignore_eos=True)
-
-#: What must be set before JAX is imported.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def environment() -> Iterator[None]:
     assert "jax" not in sys.modules or os.environ.get("JAX_PLATFORMS") == "cpu", "JAX began without its devices"
     before = dict(os.environ)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(cpu_engine_env(8))
     yield
     os.environ.clear()
     os.environ.update(before)
@@ -258,6 +240,19 @@ def test_others_may_look_on_where_the_server_is_given(models: list[Path], refere
             [worker] = read_workers(client, Keys("seen"))
             assert worker.state == "serving"
             assert worker.engine_url == "in process, devices 0,1,2,3"
+
+
+def test_a_chat_is_answered_with_text(scene: tuple[Any, Any]) -> None:
+    pool, _ = scene
+    chat = [{"role": "user", "content": "1 + 1 ="}]
+    sampling = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    version = pool.current_policy().version
+    batch = pool.enqueue_prompts(
+        [chat], policy_version=version, max_staleness=2, endpoint="chat", logprobs=False, sampling=sampling
+    )
+    [group] = batch.collect(timeout=60)
+    assert group.samples[0].text
+    batch.commit()
 
 
 def test_the_process_keeps_its_handlers_and_gets_its_memory_back(models: list[Path]) -> None:

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jax", reason="the example needs JAX: pip install 'rollpool[examples]'")
-
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tunix_parts import BOS, Tokenizer, shape_of_tiny
 
 from rollpool.ops.local.hosts import LocalHosts
 from rollpool.ops.local.run import wait_until_served
@@ -43,27 +44,6 @@ with warnings.catch_warnings():
 POOL = "tunix"
 #: A vocabulary that has every token of a simulated engine.
 VOCAB = 150_001
-#: What a prompt begins with. Tunix's samplers take 0 for none.
-BOS = 2
-
-
-class Tokenizer:
-    """Words are numbers."""
-
-    def encode(self, text: str, **_: Any) -> list[int]:
-        return [int(word) for word in text.split()]
-
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return " ".join(map(str, ids))
-
-    def bos_id(self) -> int:
-        return BOS
-
-    def eos_id(self) -> int:
-        return VOCAB - 1
-
-    def pad_id(self) -> int:
-        return 0
 
 
 class SimSink:
@@ -137,7 +117,7 @@ def config(**more: Any) -> Any:
 
 
 def test_completions_come_in_order_with_their_tokens_and_log_probs(pool: RolloutPool) -> None:
-    rollout = PoolRollout(pool=pool, tokenizer=Tokenizer())
+    rollout = PoolRollout(pool=pool, tokenizer=Tokenizer(VOCAB))
     assert isinstance(rollout, BaseRollout)
     prompts = ["5 6 7", "5 6 7", "8", "9 10", "5 6 7", "9 10"]
     output = rollout.generate(prompts, config())
@@ -145,7 +125,7 @@ def test_completions_come_in_order_with_their_tokens_and_log_probs(pool: Rollout
     for prompt, text, tokens, logprobs in zip(prompts, output.text, output.tokens, output.logprobs, strict=True):
         assert made_by(signature(0), [BOS, *map(int, prompt.split())], tokens)
         assert 0 < len(tokens) <= 8
-        assert text == Tokenizer().decode(tokens.tolist())
+        assert text == Tokenizer(VOCAB).decode(tokens.tolist())
         assert (tokens.dtype, logprobs.dtype, logprobs.shape) == (np.int32, np.float32, tokens.shape)
     # Samples of one prompt are different ones.
     assert len({tokens.tobytes() for tokens in (output.tokens[0], output.tokens[1], output.tokens[4])}) == 3
@@ -155,14 +135,14 @@ def test_completions_come_in_order_with_their_tokens_and_log_probs(pool: Rollout
 
 
 def test_a_prompt_that_is_longer_than_was_said_is_not_cut(pool: RolloutPool) -> None:
-    output = PoolRollout(pool=pool, tokenizer=Tokenizer()).generate(["1 2 3 4 5"], config())
+    output = PoolRollout(pool=pool, tokenizer=Tokenizer(VOCAB)).generate(["1 2 3 4 5"], config())
     np.testing.assert_array_equal(output.left_padded_prompt_tokens, [[0, 0, BOS, 1, 2, 3, 4, 5]])
     assert made_by(signature(0), [BOS, 1, 2, 3, 4, 5], output.tokens[0])
 
 
 def test_weights_that_are_handed_over_make_what_is_asked_for_next(pool: RolloutPool, sink: SimSink) -> None:
     model = tiny(1)
-    rollout = PoolRollout(pool=pool, tokenizer=Tokenizer(), rollout_actor=model, rollout_config=config())
+    rollout = PoolRollout(pool=pool, tokenizer=Tokenizer(VOCAB), rollout_actor=model, rollout_config=config())
     assert rollout.version == 1
     rollout.update_params(nnx.state(tiny(2), nnx.Param), (nnx.Param,))
     output = rollout.generate(["5 6"] * 2, config())
@@ -177,14 +157,14 @@ def test_a_prompt_without_completions_is_an_error_and_leaves_nothing_open(pool: 
             return REFUSE
 
     with pytest.raises(RollpoolError, match=r"of 1 prompts .* the first is failed"):
-        PoolRollout(pool=pool, tokenizer=Failing()).generate(["5"], config(), max_new_tokens=4)
+        PoolRollout(pool=pool, tokenizer=Failing(VOCAB)).generate(["5"], config(), max_new_tokens=4)
     assert not pool.batches
 
 
 def test_a_generation_that_takes_too_long_is_given_up(redis_url: str) -> None:
     with RolloutPool(redis_url, pool=POOL, run="t") as pool:
         pool.publish_policy(4, checkpoint="/models/4", check=False)
-        rollout = PoolRollout(pool=pool, tokenizer=Tokenizer(), timeout=0.2)
+        rollout = PoolRollout(pool=pool, tokenizer=Tokenizer(VOCAB), timeout=0.2)
         with pytest.raises(PoolTimeout):
             rollout.generate(["5", "6", "6"], config())
         assert not pool.batches
@@ -199,7 +179,7 @@ def test_log_probs_of_the_trained_model_are_those_of_the_temperature(redis_url: 
         pool.publish_policy(4, checkpoint="/models/4", check=False)
         settings = RolloutConfig(temperature=0.5)
         rollout = PoolRollout(
-            pool=pool, tokenizer=Tokenizer(), rollout_actor=model, rollout_config=settings, publish_first=False
+            pool=pool, tokenizer=Tokenizer(VOCAB), rollout_actor=model, rollout_config=settings, publish_first=False
         )
         found = rollout.get_per_token_logps(jax.numpy.array(prompts), jax.numpy.array(completions))
     tokens = np.concatenate([prompts, completions], 1)[1:]
@@ -214,7 +194,7 @@ def test_a_trainer_that_cannot_begin_says_why(redis_url: str) -> None:
         with pytest.raises(SettingsError, match="tokenizer is missing"):
             PoolRollout(pool=pool)
         with pytest.raises(SettingsError, match="serves no policy"):
-            PoolRollout(pool=pool, tokenizer=Tokenizer())
+            PoolRollout(pool=pool, tokenizer=Tokenizer(VOCAB))
 
 
 # Tunix's models
@@ -223,17 +203,7 @@ def test_a_trainer_that_cannot_begin_says_why(redis_url: str) -> None:
 @pytest.mark.parametrize("backend", ["sglang_jax", "vllm_jax"])
 def test_what_tunix_loaded_goes_back_to_what_it_was_loaded_from(tmp_path: Path, backend: str) -> None:
     path = make_tiny_model(tmp_path / "model", seed=3)
-    shape = qwen3.ModelConfig(
-        num_layers=2,
-        vocab_size=512,
-        embed_dim=256,
-        hidden_dim=512,
-        num_heads=16,
-        head_dim=128,
-        num_kv_heads=16,
-        norm_eps=1e-6,
-        rope_theta=10_000,
-    )
+    shape = shape_of_tiny(qwen3)
     mesh = one_device()
     model = qwen3_params.create_model_from_safe_tensors(str(path), shape, mesh)
     tensors = hf_tensors(nnx.state(model, nnx.Param), type(model).mapping_for(backend))
@@ -264,7 +234,7 @@ def test_grpo_trains_on_a_pool(pool: RolloutPool, sink: SimSink) -> None:
     cluster = rl_cluster.RLCluster(
         actor=actor,
         reference=reference,
-        tokenizer=Tokenizer(),
+        tokenizer=Tokenizer(VOCAB),
         cluster_config=rl_cluster.ClusterConfig(
             role_to_mesh=dict.fromkeys((role.ACTOR, role.REFERENCE, role.ROLLOUT), mesh),
             rollout_engine=partial(PoolRollout, pool=pool),
@@ -290,7 +260,7 @@ def test_grpo_trains_on_a_pool(pool: RolloutPool, sink: SimSink) -> None:
     for version, prompts in ((1, ["5 6", "7 8 9"]), (2, ["11 12", "13"])):
         for prompt in prompts:
             ids = [BOS, *map(int, prompt.split())]
-            assert all(made_by(signature(version), ids, Tokenizer().encode(text)) for text in made[prompt])
+            assert all(made_by(signature(version), ids, Tokenizer(VOCAB).encode(text)) for text in made[prompt])
     # Each hand-over was of what had been trained meanwhile, from the trainer's thread.
     first, second, last = (put["model.layers.0.self_attn.o_proj.weight"] for put in sink.puts)
     assert not np.array_equal(first, second)

@@ -9,11 +9,12 @@ It needs Tunix and the main line of sglang-jax in one environment, in which both
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from tunix_parts import Tokenizer, shape_of_tiny
 
+from rollpool.ops.local.engine_settings import cpu_engine_env, cpu_in_process
 from rollpool.ops.local.reference import ReferenceModel
 from rollpool.ops.local.tiny_model import make_tiny_model
 
@@ -27,45 +28,12 @@ pytestmark = [
     ),
 ]
 
-ENGINE = {
-    "max_running_requests": 16,
-    "max_seq_len": 256,
-    "prefill_tokens": 128,
-    "engine_args": {
-        "attention_backend": "native",
-        "dtype": "float32",
-        "mem_fraction_static": 0.1,
-        "max_total_tokens": 2048,
-        "disable_overlap_schedule": True,
-    },
-}
-
 #: Largest difference of a log-prob that is not a fault.
 TOLERANCE = 0.016
 
 
-class Tokenizer:
-    """Words are numbers."""
-
-    def encode(self, text: str, **_: Any) -> list[int]:
-        return [int(word) for word in text.split()]
-
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return " ".join(map(str, ids))
-
-    def bos_id(self) -> int:
-        return 2
-
-    def eos_id(self) -> int:
-        return 511
-
-    def pad_id(self) -> int:
-        return 0
-
-
 def test_weights_of_a_tunix_model_make_the_completions_that_come_after_it_was_handed_over(tmp_path: Path) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
+    os.environ.update(cpu_engine_env(8))
     import jax
     from flax import nnx
     from tunix.models.qwen3 import model as qwen3
@@ -76,23 +44,15 @@ def test_weights_of_a_tunix_model_make_the_completions_that_come_after_it_was_ha
     from rollpool.producer.tunix import PoolRollout
 
     paths = [make_tiny_model(tmp_path / f"tiny-{seed}", seed=seed) for seed in (1, 2)]
-    shape = qwen3.ModelConfig(
-        num_layers=2,
-        vocab_size=512,
-        embed_dim=256,
-        hidden_dim=512,
-        num_heads=16,
-        head_dim=128,
-        num_kv_heads=16,
-        norm_eps=1e-6,
-        rope_theta=10_000,
-    )
+    shape = shape_of_tiny(qwen3)
     split = split_devices(rollout=4)
     trainers = jax.sharding.Mesh(split.train.devices.reshape(2, 2), ("fsdp", "tp"))
-    with local_pool(paths[0], rollout_devices=split.rollout, train_devices=split.train, engine=ENGINE) as pool:
+    with local_pool(
+        paths[0], rollout_devices=split.rollout, train_devices=split.train, engine=cpu_in_process()
+    ) as pool:
         first, second = (qwen3_params.create_model_from_safe_tensors(str(path), shape, trainers) for path in paths)
         settings = RolloutConfig(max_tokens_to_generate=12, max_prompt_length=8, temperature=1.0)
-        rollout = PoolRollout(pool=pool, tokenizer=Tokenizer(), rollout_actor=first, rollout_config=settings)
+        rollout = PoolRollout(pool=pool, tokenizer=Tokenizer(vocab=512), rollout_actor=first, rollout_config=settings)
         for path, model in ((paths[0], None), (paths[1], second)):
             if model is not None:
                 rollout.update_params(nnx.state(model, nnx.Param))

@@ -2,14 +2,11 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-import pytest
-
-jax = pytest.importorskip("jax", reason="the example needs JAX: pip install 'rollpool[examples]'")
-optax = pytest.importorskip("optax", reason="the example needs optax: pip install 'rollpool[examples]'")
-
-import jax.numpy as jnp  # noqa: E402
-from grpo_tiny import grpo  # noqa: E402
+import optax
+from grpo_tiny import grpo
 
 
 def rows(new: list[list[float]], old: list[list[float]], advantage: list[float], mask: list[list[bool]]) -> grpo.Rows:

@@ -2,17 +2,14 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from grpo_tiny import lora, model
 
-jax = pytest.importorskip("jax", reason="the example needs JAX: pip install 'rollpool[examples]'")
-
-import jax.numpy as jnp  # noqa: E402
-from grpo_tiny import lora, model  # noqa: E402
-
-from rollpool.ops.local.reference import ReferenceModel  # noqa: E402
-from rollpool.ops.local.tiny_model import VOCAB_SIZE, make_tiny_model  # noqa: E402
-from rollpool.schemas.sources import inventory  # noqa: E402
+from rollpool.ops.local.reference import ReferenceModel
+from rollpool.ops.local.tiny_model import VOCAB_SIZE, make_tiny_model
+from rollpool.schemas.sources import inventory
 
 #: Float32 in another order of summation.
 TOLERANCE = 2e-4

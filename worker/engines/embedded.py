@@ -27,9 +27,6 @@ log = logging.getLogger(__name__)
 #: the same process would get every other turn of the interpreter.
 _IDLE_MS = 20
 
-#: Seconds between looks whether a part has failed: many requests look at once.
-_LOOK_S = 0.25
-
 #: Seconds that the threads may take to end: a decoding step, or a compilation that has begun.
 _STOP_S = 60.0
 
@@ -56,7 +53,10 @@ class EmbeddedEngine:
         self._threads: list[threading.Thread] = []
         self._ending = threading.Event()
         self._parts: list[Any] = []
+        #: Why a part failed; empty while none has.
         self.failure = ""
+        self._failed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.scheduler: Any = None
         self._engine = self._launched(arguments)
         #: Of `sgl_jax.srt.managers.tokenizer_manager`: all requests go through it, in one event loop.
@@ -120,6 +120,9 @@ class EmbeddedEngine:
         self.manager.no_create_loop = True
         self._handling = asyncio.create_task(self.manager.handle_loop())
         self._handling.add_done_callback(self._handled)
+        self._loop = asyncio.get_running_loop()
+        if self.failure:  # before there was anybody to tell
+            self._failed.set()
 
     def _handled(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -133,9 +136,7 @@ class EmbeddedEngine:
 
     async def watch(self) -> str:
         """Return the reason once a part has failed."""
-        # An event would have to be told of the loop that watches, and any thread may fail.
-        while not self.failure:  # noqa: ASYNC110
-            await asyncio.sleep(_LOOK_S)
+        await self._failed.wait()
         return self.failure
 
     def stop(self) -> None:
@@ -226,6 +227,9 @@ class EmbeddedEngine:
     def _fail(self, part: str, error: BaseException) -> None:
         log.error("%s failed", part, exc_info=error)
         self.failure = self.failure or f"{part} failed: {type(error).__name__}: {error}"
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody watches
+                self._loop.call_soon_threadsafe(self._failed.set)
 
 
 def _until_none(worker: Any) -> None:

@@ -16,9 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
-import numpy as np
 
-from rollpool.schemas.jobs import SamplingParams
 from rollpool.worker.engines.changes import confirm_change, swap_body
 from rollpool.worker.engines.dialects import Dialect, check_fits, error_message, pick_dialect
 from rollpool.worker.engines.http_calls import decode, get_document, get_info, new_session, raise_for
@@ -32,7 +30,8 @@ from rollpool.worker.engines.protocol import (
     EngineUnavailable,
     SampleRequest,
     WeightsRefused,
-    new_rid,
+    aborted_in_queue,
+    probe_request,
 )
 from rollpool.worker.engines.surface import (
     ABOUT,
@@ -63,9 +62,6 @@ _ABORT_AGAIN_S = 0.5
 #: Times that a server is asked what it is after a change of its weights, each for `_ASK_S`: with other weights it may
 #: compile first.
 _ASKS_AFTER_SWAP = 30
-
-#: Tokens of the first request: two, so that it decodes as well as prefills.
-_PROBE_TOKENS = 2
 
 
 class HttpEngine:
@@ -147,7 +143,7 @@ class HttpEngine:
         """Answer one chat."""
         body = self._dialect.chat_body(request, self._facts.model_path)
         reply, aborted = await self._ask("/v1/chat/completions", request.rid, body)
-        return self._dialect.parse_chat(reply, request, aborted=aborted) if reply else _aborted_in_queue()
+        return self._dialect.parse_chat(reply, request, aborted=aborted) if reply else aborted_in_queue()
 
     async def abort(self, rids: Iterable[str]) -> None:
         """End those of `rids` that are in flight here; returns when all their calls have ended.
@@ -337,17 +333,6 @@ class HttpEngine:
         self._facts = replace(self._facts, identity=identity)
 
 
-def _aborted_in_queue() -> Completion:
-    return Completion(
-        output_ids=np.empty(0, np.int32),
-        logprobs=None,
-        text="",
-        finish_reason="abort",
-        prompt_tokens=0,
-        completion_tokens=0,
-    )
-
-
 class _Attaching:
     """The way from a URL to an engine that generates."""
 
@@ -402,11 +387,7 @@ class _Attaching:
 
     async def _until_it_generates(self) -> None:
         self._last = "it accepts requests but has not generated yet"
-        request = SampleRequest(
-            rid=new_rid(),
-            input_ids=np.ones(1, np.int32),
-            sampling=SamplingParams(max_new_tokens=_PROBE_TOKENS, ignore_eos=True),
-        )
+        request = probe_request()
         dialect = pick_dialect("")  # both lines take the same body for this
         body = json.dumps(dialect.generate_body(request)).encode()
         try:

@@ -14,9 +14,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from rollpool.schemas.jobs import SamplingParams
 from rollpool.worker.engines.changes import confirm_change, swap_body
 from rollpool.worker.engines.dialects import Dialect, check_fits, pick_dialect
 from rollpool.worker.engines.embedded import EmbeddedEngine
@@ -30,7 +27,8 @@ from rollpool.worker.engines.protocol import (
     RequestRefused,
     SampleRequest,
     WeightsRefused,
-    new_rid,
+    aborted_in_queue,
+    probe_request,
 )
 from rollpool.worker.engines.surface import FLUSH_CACHE, LOAD_ADAPTER, SWAP, UNLOAD_ADAPTER, Surface
 
@@ -38,6 +36,9 @@ log = logging.getLogger(__name__)
 
 #: Seconds the scheduler may take to say what it runs: it answers between two batches.
 _ASK_S = 5.0
+
+#: Seconds after which an abort is sent once more: one that overtakes its request on the way is not heard.
+_ABORT_AGAIN_S = 0.5
 
 
 class InProcessEngine:
@@ -126,7 +127,7 @@ class InProcessEngine:
         if hasattr(reply, "body"):
             status, payload = reply.status_code, bytes(reply.body)
             if aborted and self._dialect.aborted_chat(status, payload):
-                return _aborted_in_queue()
+                return aborted_in_queue()
             raise (RequestRefused if status == 400 else EngineUnavailable)(
                 f"the engine refused the chat: {payload[:500].decode(errors='replace')}"
             )
@@ -137,10 +138,10 @@ class InProcessEngine:
         mine = {rid: ended for rid in rids if (ended := self._inflight.get(rid)) is not None}
         self._aborted.update(mine)
         for rid, ended in mine.items():
-            while not ended.is_set():  # it hears nothing of an abort that overtakes its request
+            while not ended.is_set():
                 self.embedded.manager.abort_request(rid)
                 try:
-                    await asyncio.wait_for(ended.wait(), timeout=1.0)
+                    await asyncio.wait_for(ended.wait(), timeout=_ABORT_AGAIN_S)
                 except TimeoutError:
                     continue
 
@@ -243,20 +244,3 @@ class InProcessEngine:
 
     def _identity(self, model_path: str) -> str:
         return f"in process|{id(self.embedded):x}|{model_path}"
-
-
-def probe_request() -> SampleRequest:
-    """The first request: an engine that is there need not generate."""
-    sampling = SamplingParams(max_new_tokens=2, ignore_eos=True)
-    return SampleRequest(rid=new_rid(), input_ids=np.ones(1, np.int32), sampling=sampling)
-
-
-def _aborted_in_queue() -> Completion:
-    return Completion(
-        output_ids=np.empty(0, np.int32),
-        logprobs=None,
-        text="",
-        finish_reason="abort",
-        prompt_tokens=0,
-        completion_tokens=0,
-    )

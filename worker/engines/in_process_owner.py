@@ -156,6 +156,7 @@ class InProcessOwner:
         try:
             if engine is not None and not engine.embedded.failure:
                 engine.embedded.side.deposit(directory, tensors, self._settings.staging)
+                self._waiting = None
             else:
                 self._waiting = directory, {name: np.array(tensors[name]) for name in tensors}
         except Refused as error:

@@ -36,7 +36,9 @@ __all__ = [
     "RequestRefused",
     "SampleRequest",
     "WeightsRefused",
+    "aborted_in_queue",
     "new_rid",
+    "probe_request",
 ]
 
 #: The two lines of sglang-jax that differ in what they accept and answer.
@@ -127,6 +129,24 @@ class Completion:
     #: Which versions of the engine's own weights made which tokens, where the engine tells; empty: those that it was
     #: opened with, or changed to last, made them all.
     version_spans: tuple[VersionSpan, ...] = ()
+
+
+def probe_request() -> SampleRequest:
+    """Asks whether an engine really generates: two tokens, so that it decodes as well as prefills."""
+    sampling = SamplingParams(max_new_tokens=2, ignore_eos=True)
+    return SampleRequest(rid=new_rid(), input_ids=np.ones(1, np.int32), sampling=sampling)
+
+
+def aborted_in_queue() -> Completion:
+    """Of a chat that was aborted before it began."""
+    return Completion(
+        output_ids=np.empty(0, np.int32),
+        logprobs=None,
+        text="",
+        finish_reason="abort",
+        prompt_tokens=0,
+        completion_tokens=0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
